@@ -1,0 +1,1 @@
+"""Losses around a quantizer's own."""

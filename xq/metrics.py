@@ -1,0 +1,136 @@
+"""What to watch while a tokenizer trains. Metrics consume outputs; they never live in `forward`."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from xq.distributed import all_reduce_sum_
+
+# counts take 8 bytes each; beyond this (512 MiB) a histogram is no way to count
+_MOST_COUNTS = 1 << 26
+
+
+class Usage(NamedTuple):
+    """How the codes were used: one value for each scale (if any), branch and step.
+
+    Attributes:
+        used: Share of the codes that appeared, in [0, 1].
+        perplexity: How many codes, all used alike, would have this entropy.
+        entropy: Of the code distribution, in bits; `log2(codebook_size)` at most.
+    """
+
+    used: Float[Tensor, "*scales_and_code"]
+    perplexity: Float[Tensor, "*scales_and_code"]
+    entropy: Float[Tensor, "*scales_and_code"]
+
+
+class HasCodes(Protocol):
+    """What `CodebookUsage.of` reads from a quantizer or wrapper."""
+
+    @property
+    def codebook_size(self) -> int: ...
+    @property
+    def code_shape(self) -> tuple[int, ...]: ...
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]: ...
+
+
+class CodebookUsage(nn.Module):
+    """Counts every index that it is shown: exact over a data set, summed over processes.
+
+    A scale of few tokens cannot use many codes in one batch: count over a whole epoch.
+
+    Args:
+        codebook_size: How many values each index can take.
+        code_shape: Shape of one token's indices.
+        grids: Token grids `(h, w)` of a multi-scale quantizer, coarse to fine; `()` without.
+
+    Raises:
+        ValueError: If there would be more than 2^26 counts.
+    """
+
+    counts: Tensor
+
+    def __init__(
+        self,
+        codebook_size: int,
+        code_shape: Sequence[int] = (),
+        grids: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        super().__init__()
+        self.codebook_size, self.code_shape = codebook_size, tuple(code_shape)
+        self.grids = tuple(grids)
+        self.shape = (*([len(self.grids)] if self.grids else []), *self.code_shape)
+        if math.prod(self.shape) * codebook_size > _MOST_COUNTS:
+            raise ValueError(
+                f"CodebookUsage would keep {math.prod(self.shape)} x {codebook_size} counts; "
+                f"above {_MOST_COUNTS} in all, count a group of bits at a time"
+            )
+        self.register_buffer("counts", torch.empty(*self.shape, codebook_size, dtype=torch.int64))
+        self.reset()
+
+    @classmethod
+    def of(cls, quantizer: HasCodes) -> "CodebookUsage":
+        """A counter for the indices of this quantizer."""
+        return cls(quantizer.codebook_size, quantizer.code_shape, quantizer.grids)
+
+    def reset(self) -> None:
+        """Forgets all counts."""
+        self.counts.zero_()
+
+    @torch.no_grad()
+    def update(self, indices: Shaped[Tensor, "..."]) -> None:
+        """Counts indices of any batch shape, `(b, tokens, *code_shape)` with grids.
+
+        Raises:
+            ValueError: If their shape does not fit. (An index out of range is an error of torch.)
+        """
+        tail = tuple(indices.shape[indices.ndim - len(self.code_shape) :])
+        tokens = sum(h * w for h, w in self.grids)
+        token_axes = indices.ndim - len(self.code_shape)
+        if tail != self.code_shape or (
+            self.grids and (token_axes != 2 or indices.shape[1] != tokens)
+        ):
+            want = (*(("b", tokens) if self.grids else ("...",)), *self.code_shape)
+            raise ValueError(
+                f"CodebookUsage expects indices of shape {want}, got {tuple(indices.shape)}"
+            )
+        # every position counts in a row of its own
+        rows = torch.arange(math.prod(self.code_shape), device=indices.device)
+        rows = rows.view(*self.code_shape)
+        if self.grids:
+            sizes = torch.tensor([h * w for h, w in self.grids], device=indices.device)
+            scale = torch.arange(len(sizes), device=indices.device)
+            scale = scale.repeat_interleave(sizes, output_size=tokens)
+            rows = rows + scale.view(-1, *[1] * len(self.code_shape)) * rows.numel()
+        keys = (indices.long() + rows * self.codebook_size).reshape(-1)
+        ones = keys.new_ones(()).expand(len(keys))
+        self.counts.view(-1).index_add_(0, keys, ones)
+
+    @torch.no_grad()
+    def compute(self) -> Usage:
+        """Usage of all indices so far, on all processes; NaN perplexity and entropy before any."""
+        counts = self.counts.clone()
+        all_reduce_sum_([counts])
+        share = counts.double() / counts.sum(-1, keepdim=True)
+        entropy = torch.special.entr(share).sum(-1)
+        used = (counts > 0).double().mean(-1)
+        return Usage(used.float(), entropy.exp().float(), (entropy / math.log(2)).float())
+
+
+def psnr(
+    image: Float[Tensor, "*shape"], target: Float[Tensor, "*shape"], span: float = 2.0
+) -> Float[Tensor, ""]:
+    """Peak signal-to-noise ratio in dB, of the mean squared error over all elements.
+
+    Args:
+        image: Reconstruction.
+        target: What it should be.
+        span: Largest minus smallest value of an image; 2 for [-1, 1].
+    """
+    error = (image - target).square().mean()
+    return 10 * (span**2 / error).log10()

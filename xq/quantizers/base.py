@@ -1,0 +1,333 @@
+"""The protocol that every quantizer obeys, leaf or composite: one forward, written once."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, NamedTuple, final
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from xq.quantizers.codebook import finish_learning, start_learning
+from xq.quantizers.estimators import straight_through
+from xq.quantizers.precision import Float32, eager, float32_island, widen
+
+Scales = tuple[int | tuple[int, int], ...]
+Depth = int | Shaped[Tensor, " b"] | None
+
+
+class Losses(NamedTuple):
+    """Unweighted scalar losses; a term that a quantizer lacks is zero.
+
+    Attributes:
+        commitment: Mean squared error that moves the input towards its code.
+        codebook: The same error, moving the code (and the refinement of a pyramid) towards its
+            input; zero where no parameter learns from it.
+        regularizer: Shapes how codes are used: the entropy penalty of LFQ and BSQ, in nats.
+    """
+
+    commitment: Float[Tensor, ""]
+    codebook: Float[Tensor, ""]
+    regularizer: Float[Tensor, ""]
+
+    def total(
+        self, *, commitment: float = 0.25, codebook: float = 1.0, regularizer: float = 0.1
+    ) -> Float[Tensor, ""]:
+        """The weighted sum that a training loop adds to its reconstruction loss."""
+        return (
+            commitment * self.commitment + codebook * self.codebook + regularizer * self.regularizer
+        )
+
+
+class Quantized(NamedTuple):
+    """What every quantizer returns.
+
+    Attributes:
+        z: The quantized input, with the estimator's gradient: shape and dtype of the input.
+        indices: int64, token shape followed by the quantizer's `code_shape`.
+        losses: See `Losses`.
+    """
+
+    z: Float[Tensor, "*batch dim"]
+    indices: Int[Tensor, "..."]
+    losses: Losses
+
+
+def fit(
+    u: Float[Tensor, "*batch dim"],
+    z: Float[Tensor, "*batch dim"],
+    keep: Shaped[Tensor, " b"] | None = None,
+    *,
+    learned: bool = True,
+) -> Losses:
+    """How far `z` is from `u`, seen from both sides (van den Oord et al. 2017, equation 3).
+
+    Args:
+        u: What was quantized; receives the gradient of the commitment.
+        z: Its code, or a running sum of codes; receives the gradient of the codebook term.
+        keep: Samples (first axis) that count; all by default. Means run over these alone.
+        learned: Whether any parameter shapes `z`; if not, the codebook term is zero.
+    """
+    zero = u.new_zeros(())
+    to_code, to_input = (u - z.detach()).square(), (z - u.detach()).square() if learned else zero
+    if keep is None:
+        elements: Any = max(u.numel(), 1)
+        return Losses(to_code.sum() / elements, to_input.sum() / elements, zero)
+    mask = expand(keep, u).to(u.dtype)
+    elements = mask.sum().clamp(min=1) * max(u[0].numel() if len(u) else 0, 1)
+    return Losses((mask * to_code).sum() / elements, (mask * to_input).sum() / elements, zero)
+
+
+def expand(
+    per_sample: Shaped[Tensor, " b"], like: Shaped[Tensor, "b ..."]
+) -> Shaped[Tensor, "b ..."]:
+    """Views a value a sample so that it broadcasts over `like`."""
+    return per_sample.reshape(-1, *[1] * (like.ndim - 1))
+
+
+class Quantizer(Float32, ABC):
+    """Maps vectors to codes and back.
+
+    A new leaf sets `dim` and `codebook_size` and writes `quantize` and `dequantize`, and `bound`
+    if its codes live in a domain. A composite writes the same by calling its children's. Nobody
+    overrides `forward`, `encode` or `decode`: what must happen exactly once however deep the nest
+    (float32, the bound, the gradient estimator, codebook updates) happens there, at the root.
+
+    Attributes:
+        dim: Channels of the input (last axis) and of `z`.
+        codebook_size: How many values each index can take.
+        code_shape: Shape of one token's indices; `()` for a leaf.
+        scales: Token grids, sides or `(h, w)`, coarse to fine; `()` is the input's own grid.
+        depth: Steps of the outermost residual; 1 if there is none.
+        step_axis: Where those steps lie in `code_shape`; -1 for the token axis of a pyramid, None
+            if there are none. `decode` takes fewer leading ones.
+        shrink: By how much what is left after one application is smaller than the input, as a
+            flat residual should scale its next step: a number, or one a channel.
+    """
+
+    dim: int
+    codebook_size: int
+    code_shape: tuple[int, ...] = ()
+    scales: Scales = ()
+    depth: int = 1
+    step_axis: int | None = None
+    shrink: float | tuple[float, ...] = 1.0
+
+    @abstractmethod
+    def quantize(self, u: Float[Tensor, "*batch dim"], depth: Depth = None) -> Quantized:
+        """Codes of `u`, which `bound` has already seen. `z` carries gradients to the codes only."""
+
+    @abstractmethod
+    def dequantize(self, indices: Int[Tensor, "..."]) -> Float[Tensor, "*batch dim"]:
+        """The `z` that `quantize` gave with these indices."""
+
+    def dequantize_steps(
+        self, indices: Int[Tensor, "..."]
+    ) -> Iterator[Float[Tensor, "*batch dim"]]:
+        """`dequantize` after each step of the outermost residual; once where there is none."""
+        yield self.dequantize(indices)
+
+    def bound(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """Differentiable map onto the codes' domain; the identity by default."""
+        return x
+
+    def estimate(
+        self, u: Float[Tensor, "*batch dim"], z: Float[Tensor, "*batch dim"]
+    ) -> Float[Tensor, "*batch dim"]:
+        """How gradients cross: the value of `z`, a gradient to `u`; straight through by default."""
+        return straight_through(u, z)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments as JSON; `xq.config.build` reads them back."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no config(): return its constructor's arguments as a dict"
+        )
+
+    @property
+    def domain(self) -> str:
+        """Names what `bound` maps onto; the steps of a residual must share one."""
+        return "real" if type(self).bound is Quantizer.bound else type(self).__name__
+
+    @property
+    def estimators(self) -> Any:
+        """Names what `estimate` does; the steps of a residual must agree."""
+        overridden = type(self).estimate is not Quantizer.estimate
+        return type(self).estimate if overridden else straight_through
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """`scales` as `(h, w)` pairs."""
+        return tuple((s, s) if isinstance(s, int) else s for s in self.scales)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens an image of a quantizer with `scales`."""
+        if not self.scales:
+            raise ValueError(
+                f"{type(self).__name__} has no scales: it makes as many tokens as its input has"
+            )
+        return sum(h * w for h, w in self.grids)
+
+    @property
+    def bits(self) -> float:
+        """Bits a token."""
+        return math.prod(self.code_shape) * math.log2(self.codebook_size)
+
+    @final
+    def forward(self, x: Shaped[Tensor, "..."], depth: Depth = None) -> Quantized:
+        """Quantizes floating-point vectors `(*batch, dim)`.
+
+        Args:
+            x: The vectors; `(b, h, w, dim)` for a quantizer with `scales`.
+            depth: How many steps of the outermost residual to keep: one number, or `(b,)`
+                integers, one a sample (not checked, since that would synchronize). All by default.
+
+        Raises:
+            ValueError: If `x` or `depth` does not fit.
+        """
+        self._check_input(x)
+        self._check_depth(depth, x)
+        with float32_island(x.device.type):
+            codebooks = start_learning(self)
+            u = self.bound(widen(x))
+            z, indices, losses = self.quantize(u, depth)
+            z = self.estimate(u, z)
+            finish_learning(codebooks)
+        return Quantized(z.to(x.dtype), indices, losses)
+
+    @final
+    @torch.no_grad()
+    def encode(self, x: Shaped[Tensor, "..."]) -> Int[Tensor, "..."]:
+        """The indices of `x`; never changes any state, in training mode either.
+
+        Raises:
+            ValueError: If `x` does not fit, or (outside compiled graphs) is not finite.
+        """
+        self._check_input(x)
+        if eager(x) and not x.isfinite().all():
+            raise ValueError(
+                f"{type(self).__name__}.encode got {int((~x.isfinite()).sum())} values that are "
+                f"NaN or infinite, among {x.numel()}; look for the layer that made them"
+            )
+        with float32_island(x.device.type):
+            return self.quantize(self.bound(widen(x))).indices
+
+    @final
+    def decode(self, indices: Shaped[Tensor, "..."]) -> Float[Tensor, "*batch dim"]:
+        """The `z` of `indices`, bit for bit; leading steps or whole scales alone are fine.
+
+        Args:
+            indices: Integers of any width, as `forward` and `encode` return them.
+
+        Raises:
+            ValueError: If their shape does not fit, or (outside compiled graphs) their range.
+        """
+        indices = self._check_indices(indices)
+        with float32_island(indices.device.type):
+            return self.dequantize(indices)
+
+    @final
+    def partials(self, indices: Shaped[Tensor, "..."]) -> Iterator[Float[Tensor, "*batch dim"]]:
+        """Reconstructions after each step or scale; the last one is `decode(indices)`."""
+        return self._partials(self._check_indices(indices))
+
+    def _partials(self, indices: Tensor) -> Iterator[Tensor]:
+        steps = self.dequantize_steps(indices)
+        while True:
+            # leaves the island before it yields: the caller's code runs under its own autocast
+            with float32_island(indices.device.type):
+                z = next(steps, None)
+            if z is None:
+                return
+            yield z
+
+    def with_scales(self, scales: Scales) -> "Quantizer":
+        """The same modules at another resolution.
+
+        Raises:
+            ValueError: If this quantizer has no scales.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no scales, so with_scales({scales}) has nothing to change: "
+            "it takes inputs of any size"
+        )
+
+    def _check_input(self, x: Tensor) -> None:
+        name = type(self).__name__
+        if not x.is_floating_point():
+            raise ValueError(
+                f"{name} expects floating-point vectors, got {x.dtype}; "
+                "indices go to decode(), images to float first"
+            )
+        if x.ndim == 0 or x.shape[-1] != self.dim:
+            hint = (
+                f"; wrap it in ChannelFirst({name}(...)) for channel-first input"
+                if x.ndim > 2 and x.shape[1] == self.dim
+                else ""
+            )
+            raise ValueError(
+                f"{name} expects {self.dim} channels in the last axis, "
+                f"got shape {tuple(x.shape)}{hint}"
+            )
+        if self.scales and (x.ndim != 4 or tuple(x.shape[1:3]) != self.grids[-1]):
+            h, w = self.grids[-1]
+            raise ValueError(
+                f"{name} with scales {self.scales} expects shape (b, {h}, {w}, {self.dim}), "
+                f"got {tuple(x.shape)}; with_scales(...) gives the same weights another resolution"
+            )
+
+    def _check_depth(self, depth: Depth, x: Tensor) -> None:
+        name = type(self).__name__
+        if isinstance(depth, int) and not 1 <= depth <= self.depth:
+            raise ValueError(f"{name} has depths 1 to {self.depth}, got depth={depth}")
+        if depth is not None and x.ndim < 2:
+            raise ValueError(f"{name} needs a batch axis to apply depth, got {tuple(x.shape)}")
+        if isinstance(depth, Tensor) and (
+            depth.shape != x.shape[:1] or depth.is_floating_point() or depth.dtype == torch.bool
+        ):
+            raise ValueError(
+                f"{name} expects depth as one integer a sample, shape ({x.shape[0]},), "
+                f"got {depth.dtype} of shape {tuple(depth.shape)}"
+            )
+
+    def _check_indices(self, indices: Tensor) -> Int[Tensor, "..."]:
+        name = type(self).__name__
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise ValueError(f"{name}.decode expects integer indices, got {indices.dtype}")
+        self._check_index_shape(tuple(indices.shape))
+        indices = indices.long()
+        if eager(indices) and indices.numel():
+            low, high = (int(v) for v in torch.aminmax(indices))
+            if low < 0 or high >= self.codebook_size:
+                raise ValueError(
+                    f"{name}.decode expects indices in 0..{self.codebook_size - 1}, "
+                    f"got {low}..{high}; were they made by a quantizer of another size?"
+                )
+        return indices
+
+    def _check_index_shape(self, shape: tuple[int, ...]) -> None:
+        tokens = shape[: len(shape) - len(self.code_shape)]
+        code = shape[len(tokens) :]
+        fits = len(shape) >= len(self.code_shape) and all(
+            got == want or (axis == self.step_axis and 1 <= got < want)
+            for axis, (got, want) in enumerate(zip(code, self.code_shape, strict=False))
+        )
+        if self.scales and fits:
+            fits = len(tokens) == 2 and tokens[1] in self._token_counts()
+        if not fits:
+            grid = ("b", self.num_tokens) if self.scales else ("...",)
+            want = ", ".join(str(n) for n in (*grid, *self.code_shape))
+            prefix = {None: "", -1: ", or that of some leading scales"}
+            prefix = prefix.get(self.step_axis, ", or fewer leading steps")
+            raise ValueError(
+                f"{type(self).__name__}.decode expects indices of shape ({want}){prefix}, "
+                f"got {shape}"
+            )
+
+    def _token_counts(self) -> list[int]:
+        """How many tokens `decode` takes: those of any leading scales, if these are its steps."""
+        if self.step_axis != -1:
+            return [self.num_tokens]
+        sizes = [h * w for h, w in self.grids]
+        return [sum(sizes[: k + 1]) for k in range(len(sizes))]

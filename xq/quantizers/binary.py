@@ -1,0 +1,148 @@
+"""LFQ and BSQ: the signs of the channels are the code."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from xq.quantizers.base import Depth, Quantized, Quantizer, fit
+from xq.quantizers.bits import MAX_BITS, indices_to_signs, signs_to_indices
+from xq.quantizers.entropy import CodeEntropy, check_group_size, sign_entropy
+
+
+class _SignQuantizer(Quantizer):
+    """Rounds each channel to plus or minus `scale`; zero counts as negative, as in all peers.
+
+    Bit i of an index is channel i, the lowest first (as in XQ-GAN and Open-MAGVIT2; BSQ-ViT and
+    vector-quantize-pytorch put channel 0 highest).
+    """
+
+    shrink = 0.5
+    scale: float
+
+    def __init__(self, dim: int, *, temperature: float, group_size: int | None) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not 1 <= dim <= MAX_BITS:
+            raise ValueError(
+                f"{name} needs 1 to {MAX_BITS} channels, since 2**dim codes must fit int64, "
+                f"got dim={dim}; ProductQuantizer splits more channels over several indices"
+            )
+        if temperature <= 0:
+            raise ValueError(f"{name} needs a positive temperature, got {temperature}")
+        try:
+            check_group_size(dim, group_size)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        self.dim, self.codebook_size = dim, 2**dim
+        self.temperature, self.group_size = temperature, group_size
+
+    def quantize(self, u: Float[Tensor, "*batch dim"], depth: Depth = None) -> Quantized:
+        signs = u > 0
+        z = self._codes(signs, u.dtype)
+        losses = fit(u, z, learned=False)
+        if self.training and torch.is_grad_enabled():
+            losses = losses._replace(regularizer=self.entropy(u).penalty())
+        return Quantized(z, signs_to_indices(signs), losses)
+
+    def dequantize(self, indices: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
+        return self._codes(indices_to_signs(indices, self.dim), torch.float32)
+
+    def _codes(self, signs: Bool[Tensor, "*batch dim"], dtype: torch.dtype) -> Tensor:
+        return (2 * signs.to(dtype) - 1) * self.scale
+
+    def entropy(self, u: Float[Tensor, "*batch dim"]) -> CodeEntropy:
+        """Entropies of the soft assignment of `u` (bounded) to all 2^dim codes, in nats.
+
+        The assignment is the softmax of `-|u - code|^2 / temperature`.
+        """
+        return sign_entropy(u * (4 * self.scale / self.temperature), self.group_size)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.config().items())
+
+
+class LFQ(_SignQuantizer):
+    """Lookup-free quantization: codes of +-1 (Yu et al. 2024, MAGVIT-v2, section 3.1).
+
+    The regularizer is the entropy penalty, in training mode with gradients.
+
+    Args:
+        dim: Channels, so bits an index, 1 to 62.
+        bound: "tanh" maps the input into (-1, 1) first. Without it a small model collapses: the
+            commitment of an unbounded input has no floor to push against.
+        temperature: Of the soft assignment in the entropies, above 0.
+        group_size: See `sign_entropy`; needed above 24 channels.
+
+    Raises:
+        ValueError: If an argument lies outside its range.
+    """
+
+    scale = 1.0
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        bound: str | None = None,
+        temperature: float = 1.0,
+        group_size: int | None = None,
+    ) -> None:
+        super().__init__(dim, temperature=temperature, group_size=group_size)
+        if bound not in (None, "tanh"):
+            raise ValueError(f'LFQ knows the bounds None and "tanh", got bound={bound!r}')
+        self.bounded = bound == "tanh"
+
+    def bound(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return x.tanh() if self.bounded else x
+
+    @property
+    def domain(self) -> str:
+        return "cube" if self.bounded else "real"
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "dim": self.dim,
+            "bound": "tanh" if self.bounded else None,
+            "temperature": self.temperature,
+            "group_size": self.group_size,
+        }
+
+
+class BSQ(_SignQuantizer):
+    """Binary spherical quantization: corners of a cube in the unit sphere (Zhao et al. 2024).
+
+    The input is normalized to unit length, codes are +-1 / sqrt(dim). Inside a residual only the
+    input is normalized, not what is left of it after a step, as in XQ-GAN.
+
+    Args:
+        dim: Channels, so bits an index, 1 to 62.
+        temperature: Of the soft assignment in the entropies, above 0.
+        group_size: See `sign_entropy`; needed above 24 channels.
+
+    Raises:
+        ValueError: If an argument lies outside its range.
+    """
+
+    def __init__(
+        self, dim: int, *, temperature: float = 1.0, group_size: int | None = None
+    ) -> None:
+        super().__init__(dim, temperature=temperature, group_size=group_size)
+        self.scale = 1 / math.sqrt(dim)
+
+    def bound(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return F.normalize(x, dim=-1)
+
+    @property
+    def domain(self) -> str:
+        return "sphere"
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "dim": self.dim,
+            "temperature": self.temperature,
+            "group_size": self.group_size,
+        }

@@ -1,0 +1,93 @@
+"""Codes that follow the running mean of the vectors that chose them."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from xq.quantizers.codebook import Codebook, is_learning
+
+# lighter codes keep their place: so small a sum of a decayed average is rounding alone
+_LIGHTEST = 1e-8
+
+
+class EMACodebook(Codebook):
+    """Codes as exponential moving averages (van den Oord et al. 2017, appendix A.1).
+
+    `weight = total / count`, without Laplace smoothing. Both start at zero, so the first vectors
+    that choose a code place it; a code that none has chosen stays where it began. `weight`,
+    `count` and `total` are the whole state.
+
+    Args:
+        codebook_size: Rows of the table.
+        dim: Their length.
+        decay: What is kept of the statistics at each update, in [0, 1).
+
+    Raises:
+        ValueError: If `decay` lies outside [0, 1).
+    """
+
+    weight: Tensor
+    count: Tensor
+    total: Tensor
+    pending_count: Tensor
+    pending_total: Tensor
+
+    def __init__(self, codebook_size: int, dim: int, *, decay: float = 0.99) -> None:
+        super().__init__(codebook_size, dim)
+        if not 0 <= decay < 1:
+            raise ValueError(f"EMACodebook needs a decay in [0, 1), got {decay}; 0.99 is usual")
+        self.decay = decay
+        self.register_buffer("weight", torch.empty(codebook_size, dim))
+        self.register_buffer("count", torch.empty(codebook_size))
+        self.register_buffer("total", torch.empty(codebook_size, dim))
+        self.register_buffer("pending_count", torch.zeros(codebook_size), persistent=False)
+        self.register_buffer("pending_total", torch.zeros(codebook_size, dim), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new codes and forgets the statistics."""
+        with torch.no_grad():
+            self.weight.uniform_(-1 / self.codebook_size, 1 / self.codebook_size)
+            for sums in (self.count, self.total, self.pending_count, self.pending_total):
+                sums.zero_()
+
+    def codes(self) -> Float[Tensor, "codebook_size dim"]:
+        return self.weight
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        count = self.count[:, None]
+        mean = self.total / count.clamp(min=_LIGHTEST)
+        self.weight.copy_(torch.where(count > _LIGHTEST, mean, self.weight))
+
+    @torch.no_grad()
+    def observe(self, u: Float[Tensor, "*batch dim"], indices: Int[Tensor, "*batch"]) -> None:
+        if is_learning(self):
+            indices = indices.reshape(-1)
+            hits = torch.bincount(indices, minlength=self.codebook_size)
+            self.pending_count.add_(hits.to(self.pending_count.dtype))
+            vectors = u.detach().reshape(-1, self.dim).to(self.pending_total.dtype)
+            self.pending_total.index_add_(0, indices, vectors)
+
+    def pending(self) -> list[Tensor]:
+        return [self.pending_count, self.pending_total]
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        # nothing observed, nothing forgotten; asked of the sums, which all processes share
+        observed = self.pending_count.sum() > 0
+        kept = torch.where(observed, self.decay, 1.0)
+        self.count.mul_(kept).add_(self.pending_count, alpha=1 - self.decay)
+        self.total.mul_(kept).add_(self.pending_total, alpha=1 - self.decay)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        # a module built on the meta device and loaded with assign=True: no file has these sums
+        if self.pending_total.is_meta and not self.total.is_meta:
+            self.pending_count = torch.zeros_like(self.count)
+            self.pending_total = torch.zeros_like(self.total)
+
+    def config(self) -> dict[str, Any]:
+        return {"decay": self.decay}

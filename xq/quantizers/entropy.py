@@ -1,0 +1,116 @@
+"""Entropies of a soft assignment to all 2^d sign codes, exact and factorised.
+
+With the log-odds `a` of each bit, the softmax over the 2^d codes is a product over bits. So the
+entropy of one token is a sum of d binary entropies, and the mean distribution over tokens is one
+matrix product of two tables of 2^(d/2) probabilities a token. Nothing of 2^d x tokens is ever made.
+Equals the full softmax of MAGVIT-v2 (Yu et al. 2024, section 3.1) and BSQ (Zhao et al. 2024,
+section 3.3), without their additive epsilons. Everything is in nats.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from xq.distributed import sum_over_processes
+
+# 2^24 probabilities take 64 MiB; beyond, ask for groups
+MAX_GROUP = 24
+# a bit at these log-odds is certain to 40 digits, and its entropy is below them
+_CERTAIN = 100.0
+
+
+class CodeEntropy(NamedTuple):
+    """Entropies in nats, summed over groups of bits.
+
+    Attributes:
+        per_token: Mean entropy of a token's own distribution; low when tokens are certain.
+        batch: Entropy of the mean distribution; high when all codes are used alike.
+        maximum: The largest value of either: d ln 2.
+    """
+
+    per_token: Float[Tensor, ""]
+    batch: Float[Tensor, ""]
+    maximum: float
+
+    def penalty(self) -> Float[Tensor, ""]:
+        """`per_token - batch` lifted by `maximum`: the same gradient, never negative."""
+        return self.per_token + (self.maximum - self.batch)
+
+
+def sign_entropy(logits: Float[Tensor, "*batch dim"], group_size: int | None = None) -> CodeEntropy:
+    """Per-token and batch entropy over the 2^dim sign codes.
+
+    The batch is that of all processes, with gradient.
+
+    Args:
+        logits: Log-odds of each bit being positive.
+        group_size: Bits whose joint distribution is kept; `dim` (exact) by default. With smaller
+            groups, which must divide `dim`, the batch entropy is the sum over groups: an upper
+            bound of the exact one, equal to it where groups are independent (BSQ, equation 9).
+
+    Raises:
+        ValueError: If `group_size` does not divide `dim`, or exceeds 24.
+    """
+    dim = logits.shape[-1]
+    size = check_group_size(dim, group_size)
+    logits = logits.reshape(-1, dim).clamp(-_CERTAIN, _CERTAIN)
+    maximum = dim * math.log(2)
+    if len(logits) == 0:
+        # no tokens, nothing to regularize, still connected to the graph
+        return CodeEntropy(logits.sum(), logits.sum() + maximum, maximum)
+    per_token = _binary_entropy(logits).sum() / len(logits)
+    batch = torch.stack([_batch_entropy(group) for group in logits.split(size, dim=-1)]).sum()
+    return CodeEntropy(per_token, batch, maximum)
+
+
+def check_group_size(dim: int, group_size: int | None) -> int:
+    """The number of bits in a group, checked."""
+    size = dim if group_size is None else group_size
+    if size < 1 or dim % size:
+        raise ValueError(f"group_size={size} must divide dim={dim}")
+    if size > MAX_GROUP:
+        raise ValueError(
+            f"the entropy over 2**{size} codes is too large; "
+            f"pass group_size, a divisor of {dim} up to {MAX_GROUP}"
+        )
+    return size
+
+
+def entropy_in_bits(entropy: CodeEntropy) -> dict[str, float]:
+    """For logs: both entropies in bits and as a share of the maximum (reads them, so it waits)."""
+    per_token, batch = entropy.per_token.item(), entropy.batch.item()
+    return {
+        "per_token_bits": per_token / math.log(2),
+        "per_token_share": per_token / entropy.maximum,
+        "batch_bits": batch / math.log(2),
+        "batch_share": batch / entropy.maximum,
+    }
+
+
+def _binary_entropy(logits: Tensor) -> Tensor:
+    """Of a bit with these log-odds, by softplus: no logarithm of a probability."""
+    p = logits.sigmoid()
+    return p * F.softplus(-logits) + (1 - p) * F.softplus(logits)
+
+
+def _batch_entropy(logits: Float[Tensor, "n bits"]) -> Float[Tensor, ""]:
+    half = logits.shape[1] // 2
+    low, high = _joint(logits[:, :half]), _joint(logits[:, half:])
+    tokens = logits.new_ones(len(logits)).sum()
+    mass = sum_over_processes(torch.cat([(high.t() @ low).reshape(-1), tokens[None]]))
+    mean = mass[:-1] / mass[-1]
+    # a code without mass adds nothing; the floor keeps its logarithm, so its gradient, finite
+    return -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
+
+
+def _joint(logits: Float[Tensor, "n bits"]) -> Float[Tensor, "n codes"]:
+    """Probabilities of all sign patterns, bit 0 lowest, by doubling."""
+    joint = logits.new_ones(len(logits), 1)
+    for bit in logits.unbind(1):
+        bit = bit[:, None]
+        joint = torch.cat([joint * (-bit).sigmoid(), joint * bit.sigmoid()], dim=1)
+    return joint

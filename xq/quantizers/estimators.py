@@ -1,0 +1,49 @@
+"""How gradients cross a quantizer: the value of the code, the gradient of something smooth.
+
+An estimator is a function `(u, z) -> z` of the (bounded) input and its code, and is applied once,
+at the root of a tree. Each returns `z` bit for bit.
+"""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+_TINY = 1e-6
+# below this length of u/|u| + z/|z| the two point (almost) in opposite directions
+_OPPOSITE = 1e-3
+
+
+def straight_through(
+    u: Float[Tensor, "*batch dim"], z: Float[Tensor, "*batch dim"]
+) -> Float[Tensor, "*batch dim"]:
+    """Copies the gradient of `z` to `u` (Bengio et al. 2013)."""
+    return _with_gradient_of(u, z)
+
+
+def rotation_trick(
+    u: Float[Tensor, "*batch dim"], z: Float[Tensor, "*batch dim"]
+) -> Float[Tensor, "*batch dim"]:
+    """Turns and scales the gradient as `u` must be turned and scaled to reach `z`.
+
+    Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick", section 4.
+    Straight through where no rotation is defined: zero, tiny and opposite vectors.
+    """
+    fixed_u, fixed_z = u.detach(), z.detach()
+    length_u, length_z = (v.norm(dim=-1, keepdim=True) for v in (fixed_u, fixed_z))
+    unit_u, unit_z = F.normalize(fixed_u, dim=-1), F.normalize(fixed_z, dim=-1)
+    between = unit_u + unit_z
+    apart = between.norm(dim=-1, keepdim=True)
+    safe = (length_u > _TINY) & (length_z > _TINY) & (apart > _OPPOSITE)
+    mirror = between / apart.clamp(min=_OPPOSITE)
+
+    # a Householder pair: reflects on the vector in between, then puts u's own part along z
+    along_mirror = (u * mirror).sum(-1, keepdim=True)
+    along_u = (u * unit_u).sum(-1, keepdim=True)
+    turned = u - 2 * along_mirror * mirror + 2 * along_u * unit_z
+    scaled = turned * (length_z / length_u.clamp(min=_TINY))
+    return _with_gradient_of(scaled.where(safe, u), z)
+
+
+def _with_gradient_of(smooth: Tensor, z: Tensor) -> Tensor:
+    # the difference is exactly zero, so the value stays that of z, bit for bit
+    return z.detach() + (smooth - smooth.detach())

@@ -1,0 +1,58 @@
+"""Quantizers work in float32 (or wider), whatever autocast and the module's dtype say."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is if it is wider: half a mantissa would flip indices."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def eager(x: Tensor) -> bool:
+    """Whether values may be looked at: not while a graph is traced, nor without data."""
+    return not (torch.compiler.is_compiling() or x.is_meta)
+
+
+def float32_island(device_type: str) -> Any:
+    """A context outside autocast and, on CUDA, without TF32."""
+    if device_type == "cuda" and not torch.compiler.is_compiling():
+        return _full_float32(device_type)
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+@contextmanager
+def _full_float32(device_type: str) -> Iterator[None]:
+    # cuDNN convolutions use TF32 by default, which would move the refinement by 1e-3
+    matmul: Any = torch.backends.cuda.matmul
+    conv: Any = torch.backends.cudnn
+    before = matmul.allow_tf32, conv.allow_tf32
+    matmul.allow_tf32 = conv.allow_tf32 = False
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32, conv.allow_tf32 = before
+
+
+class Float32(nn.Module):
+    """A module whose tensors move with `.to()` but are never rounded below float32.
+
+    So `.half()` and `.bfloat16()` models find the same codes; torch's RNNs override `_apply` for
+    a like purpose.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32":
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor.is_floating_point() and moved.dtype.itemsize < min(4, tensor.dtype.itemsize):
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keep_wide, recurse)

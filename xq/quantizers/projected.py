@@ -1,0 +1,54 @@
+"""Projected: codes in a space of fewer dimensions than the features."""
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from xq.quantizers.base import Quantizer, Scales
+from xq.quantizers.wrapper import Wrapper
+
+
+class Projected(Wrapper):
+    """Linear in, quantize, linear out (ViT-VQGAN's low-dimensional codes, Yu et al. 2022).
+
+    Args:
+        quantizer: A quantizer, or another wrapper.
+        dim: Channels of the input and of `z`.
+
+    Raises:
+        ValueError: If `dim` is below 1.
+    """
+
+    def __init__(self, quantizer: "Quantizer | Wrapper", dim: int) -> None:
+        super().__init__(quantizer)
+        if dim < 1:
+            raise ValueError(f"Projected needs a positive dim, got {dim}")
+        self.project_in = nn.Linear(dim, self._inner.dim)
+        self.project_out = nn.Linear(self._inner.dim, dim)
+
+    @property
+    def dim(self) -> int:
+        """Channels of the input and of `z`."""
+        return self.project_in.in_features
+
+    def enter(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch inner"]:
+        if x.ndim == 0 or x.shape[-1] != self.dim or not x.is_floating_point():
+            raise ValueError(
+                f"Projected expects floating-point vectors with {self.dim} channels in the last "
+                f"axis, got {x.dtype} of shape {tuple(x.shape)}; "
+                "ChannelFirst(Projected(...)) takes channel-first input"
+            )
+        return self.project_in(x)
+
+    def leave(self, z: Float[Tensor, "*batch inner"]) -> Float[Tensor, "*batch dim"]:
+        return self.project_out(z)
+
+    def with_scales(self, scales: Scales) -> "Projected":
+        """The same modules at another resolution."""
+        new = Projected(self.quantizer.with_scales(scales), self.dim)
+        new.project_in, new.project_out = self.project_in, self.project_out
+        return new
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "dim": self.dim}

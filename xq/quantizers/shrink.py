@@ -1,0 +1,33 @@
+"""How a flat residual scales its steps.
+
+Codes of fixed size do not refine: sums of +-1 lie on a lattice of pitch 2 however many there are.
+So step k quantizes `rest / shrink**k` and multiplies its code back (as vector-quantize-pytorch's
+ResidualLFQ and ResidualFSQ do).
+"""
+
+import torch
+from torch import Tensor
+
+Shrink = float | tuple[float, ...]
+
+
+def power(shrink: Shrink, k: int) -> Shrink:
+    """`shrink**k`, channel by channel."""
+    return tuple(s**k for s in shrink) if isinstance(shrink, tuple) else shrink**k
+
+
+def as_factor(scale: Shrink, like: Tensor) -> float | Tensor:
+    """A scale in a form that multiplies `like`."""
+    if isinstance(scale, tuple):
+        return torch.tensor(scale, dtype=like.dtype, device=like.device)
+    return scale
+
+
+def joined(shrinks: list[Shrink], dims: list[int]) -> Shrink:
+    """The scale of channels side by side: one number where all agree."""
+    flat = [
+        s
+        for shrink, dim in zip(shrinks, dims, strict=True)
+        for s in (shrink if isinstance(shrink, tuple) else (shrink,) * dim)
+    ]
+    return flat[0] if len(set(flat)) == 1 else tuple(flat)

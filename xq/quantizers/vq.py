@@ -1,0 +1,107 @@
+"""VQ: the nearest row of a codebook."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from xq.config import describe
+from xq.quantizers.base import Depth, Quantized, Quantizer, fit
+from xq.quantizers.codebook import Codebook, GradientCodebook
+from xq.quantizers.estimators import straight_through
+from xq.quantizers.lookup import METRICS, nearest
+
+
+class VQ(Quantizer):
+    """Replaces each vector by the nearest row of a codebook (van den Oord et al. 2017).
+
+    Args:
+        dim: Channels of the input and of the codes.
+        codebook_size: Number of codes.
+        metric: "euclidean", or "cosine": searches by angle and returns the code as it is stored
+            (XQ-GAN's multi-scale VQ).
+        normalize: Unit vectors in and out (ViT-VQGAN, LlamaGen, XQ-GAN's single-scale VQ): the
+            input is normalized with gradient, the stored codes whenever they are used.
+        codebook: Makes the codebook from its size and `dim`: `GradientCodebook`, or such as
+            `partial(EMACodebook, decay=0.99)`.
+        estimator: How gradients cross, a function `(u, z) -> z`.
+
+    Raises:
+        ValueError: If a size is below 1 or `metric` is unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        *,
+        metric: str = "euclidean",
+        normalize: bool = False,
+        codebook: Callable[[int, int], Codebook] = GradientCodebook,
+        estimator: Callable[[Tensor, Tensor], Tensor] = straight_through,
+    ) -> None:
+        super().__init__()
+        if metric not in METRICS:
+            raise ValueError(f"VQ knows the metrics {METRICS}, got metric={metric!r}")
+        self.dim, self.codebook_size = dim, codebook_size
+        self.metric, self.normalize = metric, normalize
+        self.codebook = codebook(codebook_size, dim)
+        self.estimator = estimator
+        # unit codes cannot follow a shrinking residual by themselves
+        self.shrink = 0.5 if normalize else 1.0
+
+    def bound(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return F.normalize(x, dim=-1) if self.normalize else x
+
+    def quantize(self, u: Float[Tensor, "*batch dim"], depth: Depth = None) -> Quantized:
+        codes = self._codes().to(u.dtype)
+        indices = nearest(u, codes, "cosine" if self.normalize else self.metric)
+        z = F.embedding(indices, codes)
+        self.codebook.observe(u, indices)
+        learned = next(self.codebook.parameters(), None) is not None
+        return Quantized(z, indices, fit(u, z, learned=learned))
+
+    def dequantize(self, indices: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
+        return F.embedding(indices, self._codes())
+
+    def estimate(
+        self, u: Float[Tensor, "*batch dim"], z: Float[Tensor, "*batch dim"]
+    ) -> Float[Tensor, "*batch dim"]:
+        return self.estimator(u, z)
+
+    def _codes(self) -> Float[Tensor, "codebook_size dim"]:
+        codes = self.codebook.codes()
+        return F.normalize(codes, dim=-1) if self.normalize else codes
+
+    @property
+    def domain(self) -> str:
+        return "sphere" if self.normalize else "real"
+
+    @property
+    def estimators(self) -> Any:
+        return self.estimator
+
+    def config(self) -> dict[str, Any]:
+        return describe(
+            {
+                "dim": self.dim,
+                "codebook_size": self.codebook_size,
+                "metric": self.metric,
+                "normalize": self.normalize,
+                "codebook": self.codebook,
+                "estimator": self.estimator,
+            }
+        )
+
+    def extra_repr(self) -> str:
+        options = "".join(
+            f", {name}={value!r}"
+            for name, value, default in (
+                ("metric", self.metric, "euclidean"),
+                ("normalize", self.normalize, False),
+            )
+            if value != default
+        )
+        return f"{self.dim}, {self.codebook_size}{options}"

@@ -1,0 +1,129 @@
+"""Wrappers change what goes into a whole tree and what comes out; they stand at its root."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, cast, final
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from xq.quantizers.base import Depth, Quantized, Quantizer, Scales
+from xq.quantizers.precision import Float32, float32_island, widen
+
+
+class Wrapper(Float32, ABC):
+    """Hands a tree of quantizers another form of its input.
+
+    A wrapper writes `enter` and `leave`. Wrappers stack, outermost first, and are refused inside
+    composites. Attributes other than `dim` are those of the tree.
+
+    Args:
+        quantizer: A quantizer, or another wrapper.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+
+    def __init__(self, quantizer: "Quantizer | Wrapper") -> None:
+        super().__init__()
+        if not isinstance(quantizer, Quantizer | Wrapper):
+            raise TypeError(
+                f"{type(self).__name__} wraps a quantizer, got {type(quantizer).__name__}"
+            )
+        self.quantizer = quantizer
+
+    @abstractmethod
+    def enter(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """What the quantizer sees of `x`; raises a `ValueError` if it does not fit."""
+
+    @abstractmethod
+    def leave(self, z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """What the caller sees of the quantizer's `z`."""
+
+    @property
+    def dim(self) -> int:
+        """Channels of the input and of `z`."""
+        return self._inner.dim
+
+    @final
+    def forward(self, x: Shaped[Tensor, "..."], depth: Depth = None) -> Quantized:
+        """As `Quantizer.forward`, of the wrapper's own form of input."""
+        with float32_island(x.device.type):
+            z, indices, losses = self._inner(self._entered(x), depth)
+            z = self.leave(z)
+        return Quantized(z.to(x.dtype), indices, losses)
+
+    @final
+    @torch.no_grad()
+    def encode(self, x: Shaped[Tensor, "..."]) -> Int[Tensor, "..."]:
+        """As `Quantizer.encode`."""
+        with float32_island(x.device.type):
+            return self._inner.encode(self._entered(x))
+
+    @final
+    def decode(self, indices: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """As `Quantizer.decode`."""
+        with float32_island(indices.device.type):
+            return self.leave(self._inner.decode(indices))
+
+    @final
+    def partials(self, indices: Shaped[Tensor, "..."]) -> Iterator[Float[Tensor, "..."]]:
+        """As `Quantizer.partials`."""
+        for z in self._inner.partials(indices):
+            with float32_island(z.device.type):
+                z = self.leave(z)
+            yield z
+
+    @abstractmethod
+    def with_scales(self, scales: Scales) -> "Wrapper":
+        """The same modules around the quantizer at another resolution."""
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments as JSON."""
+        from xq.config import describe
+
+        return {"quantizer": describe(self.quantizer)}
+
+    @property
+    def codebook_size(self) -> int:
+        """How many values each index can take."""
+        return self._inner.codebook_size
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Shape of one token's indices."""
+        return self._inner.code_shape
+
+    @property
+    def scales(self) -> Scales:
+        """Token grids, coarse to fine."""
+        return self._inner.scales
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """`scales` as `(h, w)` pairs."""
+        return self._inner.grids
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens an image of a quantizer with `scales`."""
+        return self._inner.num_tokens
+
+    @property
+    def bits(self) -> float:
+        """Bits a token."""
+        return self._inner.bits
+
+    @property
+    def depth(self) -> int:
+        """Steps of the outermost residual."""
+        return self._inner.depth
+
+    @property
+    def _inner(self) -> Quantizer:
+        # a wrapper offers what a quantizer does
+        return cast(Quantizer, self.quantizer)
+
+    def _entered(self, x: Tensor) -> Tensor:
+        return self.enter(widen(x) if x.is_floating_point() else x)
