@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from xq.quantizers.checks import check_depth, check_finite, check_input, checked_indices
 from xq.quantizers.codebook import finish_learning, start_learning
 from xq.quantizers.estimators import straight_through
-from xq.quantizers.precision import Float32, eager, float32_island, widen
+from xq.quantizers.precision import Float32, float32_island, widen
 
 Scales = tuple[int | tuple[int, int], ...]
 Depth = int | Shaped[Tensor, " b"] | None
@@ -75,7 +76,7 @@ def fit(
         elements: Any = max(u.numel(), 1)
         return Losses(to_code.sum() / elements, to_input.sum() / elements, zero)
     mask = expand(keep, u).to(u.dtype)
-    elements = mask.sum().clamp(min=1) * max(u[0].numel() if len(u) else 0, 1)
+    elements = mask.sum().clamp(min=1) * math.prod(u.shape[1:])
     return Losses((mask * to_code).sum() / elements, (mask * to_input).sum() / elements, zero)
 
 
@@ -186,8 +187,8 @@ class Quantizer(Float32, ABC):
         Raises:
             ValueError: If `x` or `depth` does not fit.
         """
-        self._check_input(x)
-        self._check_depth(depth, x)
+        check_input(self, x)
+        check_depth(self, depth, x)
         with float32_island(x.device.type):
             codebooks = start_learning(self)
             u = self.bound(widen(x))
@@ -204,12 +205,8 @@ class Quantizer(Float32, ABC):
         Raises:
             ValueError: If `x` does not fit, or (outside compiled graphs) is not finite.
         """
-        self._check_input(x)
-        if eager(x) and not x.isfinite().all():
-            raise ValueError(
-                f"{type(self).__name__}.encode got {int((~x.isfinite()).sum())} values that are "
-                f"NaN or infinite, among {x.numel()}; look for the layer that made them"
-            )
+        check_input(self, x)
+        check_finite(self, x)
         with float32_island(x.device.type):
             return self.quantize(self.bound(widen(x))).indices
 
@@ -223,14 +220,14 @@ class Quantizer(Float32, ABC):
         Raises:
             ValueError: If their shape does not fit, or (outside compiled graphs) their range.
         """
-        indices = self._check_indices(indices)
+        indices = checked_indices(self, indices)
         with float32_island(indices.device.type):
             return self.dequantize(indices)
 
     @final
     def partials(self, indices: Shaped[Tensor, "..."]) -> Iterator[Float[Tensor, "*batch dim"]]:
         """Reconstructions after each step or scale; the last one is `decode(indices)`."""
-        return self._partials(self._check_indices(indices))
+        return self._partials(checked_indices(self, indices))
 
     def _partials(self, indices: Tensor) -> Iterator[Tensor]:
         steps = self.dequantize_steps(indices)
@@ -252,82 +249,3 @@ class Quantizer(Float32, ABC):
             f"{type(self).__name__} has no scales, so with_scales({scales}) has nothing to change: "
             "it takes inputs of any size"
         )
-
-    def _check_input(self, x: Tensor) -> None:
-        name = type(self).__name__
-        if not x.is_floating_point():
-            raise ValueError(
-                f"{name} expects floating-point vectors, got {x.dtype}; "
-                "indices go to decode(), images to float first"
-            )
-        if x.ndim == 0 or x.shape[-1] != self.dim:
-            hint = (
-                f"; wrap it in ChannelFirst({name}(...)) for channel-first input"
-                if x.ndim > 2 and x.shape[1] == self.dim
-                else ""
-            )
-            raise ValueError(
-                f"{name} expects {self.dim} channels in the last axis, "
-                f"got shape {tuple(x.shape)}{hint}"
-            )
-        if self.scales and (x.ndim != 4 or tuple(x.shape[1:3]) != self.grids[-1]):
-            h, w = self.grids[-1]
-            raise ValueError(
-                f"{name} with scales {self.scales} expects shape (b, {h}, {w}, {self.dim}), "
-                f"got {tuple(x.shape)}; with_scales(...) gives the same weights another resolution"
-            )
-
-    def _check_depth(self, depth: Depth, x: Tensor) -> None:
-        name = type(self).__name__
-        if isinstance(depth, int) and not 1 <= depth <= self.depth:
-            raise ValueError(f"{name} has depths 1 to {self.depth}, got depth={depth}")
-        if depth is not None and x.ndim < 2:
-            raise ValueError(f"{name} needs a batch axis to apply depth, got {tuple(x.shape)}")
-        if isinstance(depth, Tensor) and (
-            depth.shape != x.shape[:1] or depth.is_floating_point() or depth.dtype == torch.bool
-        ):
-            raise ValueError(
-                f"{name} expects depth as one integer a sample, shape ({x.shape[0]},), "
-                f"got {depth.dtype} of shape {tuple(depth.shape)}"
-            )
-
-    def _check_indices(self, indices: Tensor) -> Int[Tensor, "..."]:
-        name = type(self).__name__
-        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-            raise ValueError(f"{name}.decode expects integer indices, got {indices.dtype}")
-        self._check_index_shape(tuple(indices.shape))
-        indices = indices.long()
-        if eager(indices) and indices.numel():
-            low, high = (int(v) for v in torch.aminmax(indices))
-            if low < 0 or high >= self.codebook_size:
-                raise ValueError(
-                    f"{name}.decode expects indices in 0..{self.codebook_size - 1}, "
-                    f"got {low}..{high}; were they made by a quantizer of another size?"
-                )
-        return indices
-
-    def _check_index_shape(self, shape: tuple[int, ...]) -> None:
-        tokens = shape[: len(shape) - len(self.code_shape)]
-        code = shape[len(tokens) :]
-        fits = len(shape) >= len(self.code_shape) and all(
-            got == want or (axis == self.step_axis and 1 <= got < want)
-            for axis, (got, want) in enumerate(zip(code, self.code_shape, strict=False))
-        )
-        if self.scales and fits:
-            fits = len(tokens) == 2 and tokens[1] in self._token_counts()
-        if not fits:
-            grid = ("b", self.num_tokens) if self.scales else ("...",)
-            want = ", ".join(str(n) for n in (*grid, *self.code_shape))
-            prefix = {None: "", -1: ", or that of some leading scales"}
-            prefix = prefix.get(self.step_axis, ", or fewer leading steps")
-            raise ValueError(
-                f"{type(self).__name__}.decode expects indices of shape ({want}){prefix}, "
-                f"got {shape}"
-            )
-
-    def _token_counts(self) -> list[int]:
-        """How many tokens `decode` takes: those of any leading scales, if these are its steps."""
-        if self.step_axis != -1:
-            return [self.num_tokens]
-        sizes = [h * w for h, w in self.grids]
-        return [sum(sizes[: k + 1]) for k in range(len(sizes))]

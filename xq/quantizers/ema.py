@@ -82,7 +82,7 @@ class EMACodebook(Codebook):
         self.count.mul_(kept).add_(self.pending_count, alpha=1 - self.decay)
         self.total.mul_(kept).add_(self.pending_total, alpha=1 - self.decay)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super()._load_from_state_dict(*args)
         # a module built on the meta device and loaded with assign=True: no file has these sums
         if self.pending_total.is_meta and not self.total.is_meta:

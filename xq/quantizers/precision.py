@@ -32,13 +32,19 @@ def _full_float32(device_type: str) -> Iterator[None]:
     # cuDNN convolutions use TF32 by default, which would move the refinement by 1e-3
     matmul: Any = torch.backends.cuda.matmul
     conv: Any = torch.backends.cudnn
-    before = matmul.allow_tf32, conv.allow_tf32
-    matmul.allow_tf32 = conv.allow_tf32 = False
+    flag, off = "allow_tf32", False
+    if hasattr(matmul, "fp32_precision"):
+        # torch 2.9 replaced the flags by these and refuses a mix of both
+        conv, flag, off = conv.conv, "fp32_precision", "ieee"
+    before = [getattr(backend, flag) for backend in (matmul, conv)]
     try:
+        for backend in (matmul, conv):
+            setattr(backend, flag, off)
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        matmul.allow_tf32, conv.allow_tf32 = before
+        for backend, value in zip((matmul, conv), before, strict=True):
+            setattr(backend, flag, value)
 
 
 class Float32(nn.Module):

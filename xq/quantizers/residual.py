@@ -81,10 +81,12 @@ class ResidualQuantizer(Quantizer):
 
     def _adopt(self, steps: list[Quantizer], shrink: float | None) -> None:
         """Takes over what the steps have in common."""
-        alike = ("dim", "codebook_size", "code_shape", "scales", "domain", "estimators", "shrink")
+        pyramid = isinstance(self.grid, Pyramid)
+        alike = ["dim", "codebook_size", "code_shape", "scales", "domain", "estimators"]
+        if shrink is None and not pyramid:
+            alike.append("shrink")
         check_alike("ResidualQuantizer", steps, alike)
         child = steps[0]
-        pyramid = isinstance(self.grid, Pyramid)
         if pyramid and child.scales:
             raise ValueError(
                 f"ResidualQuantizer got multiscale={self.grid.scales} around a quantizer with "

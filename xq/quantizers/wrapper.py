@@ -70,7 +70,10 @@ class Wrapper(Float32, ABC):
     @final
     def partials(self, indices: Shaped[Tensor, "..."]) -> Iterator[Float[Tensor, "..."]]:
         """As `Quantizer.partials`."""
-        for z in self._inner.partials(indices):
+        return self._left(self._inner.partials(indices))
+
+    def _left(self, partials: Iterator[Tensor]) -> Iterator[Tensor]:
+        for z in partials:
             with float32_island(z.device.type):
                 z = self.leave(z)
             yield z

@@ -1,0 +1,33 @@
+# Each command is enough on a fresh machine with Python 3.11 or newer and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: .venv/installed-examples ## train a tokenizer on real photographs and show its pictures
+	$(BIN)/python examples/train_tokenizer.py
+
+test: .venv/installed-dev ## lint, check types, run every test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pytest --jaxtyping-packages=xq,beartype.beartype -m "not compile"
+	$(BIN)/pytest -m compile
+
+clean: ## remove .venv, builds and caches; runs/ stays
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip arrives last in a new environment, so one cut short is made again.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("xq needs Python 3.11 or newer, not %d.%d: name one, as in make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+
+# The stamp spares an install where pyproject.toml has not changed since the last.
+.venv/installed-%: pyproject.toml | $(BIN)/pip
+	$(BIN)/python -m pip install -q -e ".[$*]"
+	@touch $@
