@@ -26,12 +26,16 @@ def describe(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
+        _check_distinct(value)
         return [describe(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if callable(value) and hasattr(value, "__name__"):
+    # a lambda's name finds nothing again
+    if callable(value) and getattr(value, "__name__", "").isidentifier():
         return {"function": value.__name__}
-    raise TypeError(f"cannot write {value!r} as JSON: give a module, a function or plain values")
+    raise TypeError(
+        f"cannot write {value!r} as JSON: give a module, a function with a name or plain values"
+    )
 
 
 def build(config: Any, classes: Iterable[type | Callable[..., Any]] = ()) -> Any:
@@ -56,6 +60,8 @@ def build(config: Any, classes: Iterable[type | Callable[..., Any]] = ()) -> Any
     if "class" not in arguments:
         return arguments
     found = _find(arguments.pop("class"), names)
+    if not isinstance(found, type):
+        raise ValueError(f'"class" names {found.__name__}, which is a function; write "function"')
     if _is_codebook(found):
         return partial(found, **arguments)
     try:
@@ -66,12 +72,24 @@ def build(config: Any, classes: Iterable[type | Callable[..., Any]] = ()) -> Any
 
 def _config(module: nn.Module) -> dict[str, Any]:
     config = getattr(module, "config", None)
-    if config is None:
+    try:
+        if config is not None:
+            return config()
+    except NotImplementedError as error:
+        raise TypeError(str(error)) from error
+    raise TypeError(
+        f"{type(module).__name__} has no config(): add one that returns its constructor's "
+        "arguments as a dict"
+    )
+
+
+def _check_distinct(items: list[Any] | tuple[Any, ...]) -> None:
+    modules = [item for item in items if isinstance(item, nn.Module)]
+    if len({id(module) for module in modules}) < len(modules):
         raise TypeError(
-            f"{type(module).__name__} has no config(): add one that returns its constructor's "
-            "arguments as a dict"
+            "cannot write a list that holds one module twice as JSON, since it would come back as "
+            "two; composites take shared=True instead"
         )
-    return config()
 
 
 def _is_codebook(found: Any) -> bool:
@@ -81,10 +99,12 @@ def _is_codebook(found: Any) -> bool:
 
 
 def _find(name: Any, own: dict[str, Any]) -> Any:
+    if not isinstance(name, str):
+        raise ValueError(f"a class or function goes by its name, got {name!r}")
     if name in own:
         return own[name]
     for module in map(importlib.import_module, _PUBLIC):
-        if isinstance(name, str) and name in getattr(module, "__all__", dir(module)):
+        if name in getattr(module, "__all__", dir(module)):
             found = getattr(module, name)
             if callable(found):
                 return found

@@ -87,8 +87,11 @@ class CodebookUsage(nn.Module):
         """Counts indices of any batch shape, `(b, tokens, *code_shape)` with grids.
 
         Raises:
-            ValueError: If their shape does not fit. (An index out of range is an error of torch.)
+            ValueError: If they are no integers or their shape does not fit; on the CPU, if one is
+                out of range. (Elsewhere that is an error of torch: looking would wait.)
         """
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise ValueError(f"CodebookUsage counts integer indices, got {indices.dtype}")
         tail = tuple(indices.shape[indices.ndim - len(self.code_shape) :])
         tokens = sum(h * w for h, w in self.grids)
         token_axes = indices.ndim - len(self.code_shape)
@@ -99,7 +102,14 @@ class CodebookUsage(nn.Module):
             raise ValueError(
                 f"CodebookUsage expects indices of shape {want}, got {tuple(indices.shape)}"
             )
-        # every position counts in a row of its own
+        indices = indices.long()
+        inside = (indices >= 0) & (indices < self.codebook_size)
+        if indices.device.type == "cpu" and not inside.all():
+            raise ValueError(
+                f"CodebookUsage counts indices in 0..{self.codebook_size - 1}, "
+                f"got {int(indices.min())}..{int(indices.max())}"
+            )
+        # every position counts in a row of its own; a stranger must not count in its neighbour's
         rows = torch.arange(math.prod(self.code_shape), device=indices.device)
         rows = rows.view(*self.code_shape)
         if self.grids:
@@ -107,7 +117,7 @@ class CodebookUsage(nn.Module):
             scale = torch.arange(len(sizes), device=indices.device)
             scale = scale.repeat_interleave(sizes, output_size=tokens)
             rows = rows + scale.view(-1, *[1] * len(self.code_shape)) * rows.numel()
-        keys = (indices.long() + rows * self.codebook_size).reshape(-1)
+        keys = (indices + rows * self.codebook_size).where(inside, -1).reshape(-1)
         ones = keys.new_ones(()).expand(len(keys))
         self.counts.view(-1).index_add_(0, keys, ones)
 
@@ -123,7 +133,7 @@ class CodebookUsage(nn.Module):
 
 
 def psnr(
-    image: Float[Tensor, "*shape"], target: Float[Tensor, "*shape"], span: float = 2.0
+    image: Float[Tensor, "..."], target: Float[Tensor, "..."], span: float = 2.0
 ) -> Float[Tensor, ""]:
     """Peak signal-to-noise ratio in dB, of the mean squared error over all elements.
 
@@ -131,6 +141,13 @@ def psnr(
         image: Reconstruction.
         target: What it should be.
         span: Largest minus smallest value of an image; 2 for [-1, 1].
+
+    Raises:
+        ValueError: If their shapes differ.
     """
+    if image.shape != target.shape:
+        raise ValueError(
+            f"psnr compares images of one shape, got {tuple(image.shape)} and {tuple(target.shape)}"
+        )
     error = (image - target).square().mean()
     return 10 * (span**2 / error).log10()

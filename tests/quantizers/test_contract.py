@@ -138,7 +138,7 @@ def test_each_step_of_a_flat_residual_refines(name: str) -> None:
     residual = ResidualQuantizer(LEAVES[name], depth=6).eval()
     x = torch.randn(2000, residual.dim)
     u = residual.bound(x)
-    errors = [float((z - u).square().mean()) for z in residual.partials(residual.encode(x))]
+    errors = [(z - u).square().mean().item() for z in residual.partials(residual.encode(x))]
     assert all(later < before for before, later in itertools.pairwise(errors)), errors
 
 
@@ -146,6 +146,6 @@ def test_without_shrinking_fixed_codes_would_not_refine() -> None:
     constant = ResidualQuantizer(LFQ(8), depth=4, shrink=1.0).eval()
     x = torch.randn(2000, 8)
     *_, third, fourth = (
-        float((z - x).square().mean()) for z in constant.partials(constant.encode(x))
+        (z - x).square().mean().item() for z in constant.partials(constant.encode(x))
     )
     assert fourth > 0.9 * third

@@ -62,13 +62,14 @@ class EMACodebook(Codebook):
         mean = self.total / count.clamp(min=_LIGHTEST)
         self.weight.copy_(torch.where(count > _LIGHTEST, mean, self.weight))
 
-    @torch.no_grad()
     def observe(self, u: Float[Tensor, "*batch dim"], indices: Int[Tensor, "*batch"]) -> None:
-        if is_learning(self):
+        if not is_learning(self):
+            return
+        with torch.no_grad():
             indices = indices.reshape(-1)
             hits = torch.bincount(indices, minlength=self.codebook_size)
             self.pending_count.add_(hits.to(self.pending_count.dtype))
-            vectors = u.detach().reshape(-1, self.dim).to(self.pending_total.dtype)
+            vectors = u.reshape(-1, self.dim).to(self.pending_total.dtype)
             self.pending_total.index_add_(0, indices, vectors)
 
     def pending(self) -> list[Tensor]:

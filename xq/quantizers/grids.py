@@ -1,5 +1,6 @@
 """Which token grid each step of a residual sees: the input's own, or a pyramid."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -117,8 +118,10 @@ class Pyramid(nn.Module):
             start += h * w
 
     def with_scales(self, scales: Scales) -> "Pyramid":
-        """The same refinements at other scales."""
-        return Pyramid(scales, list(self.refine))  # pyright: ignore[reportArgumentType]
+        """The same refinements at other scales; with few scales some refinements may be idle."""
+        new = copy.copy(self)
+        new.scales = _checked(scales)
+        return new
 
     def config(self) -> dict[str, Any]:
         return describe({"scales": self.scales, "refine": list(self.refine)})
