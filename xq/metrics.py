@@ -111,7 +111,7 @@ class CodebookUsage(nn.Module):
             )
         # every position counts in a row of its own; a stranger must not count in its neighbour's
         rows = torch.arange(math.prod(self.code_shape), device=indices.device)
-        rows = rows.view(*self.code_shape)
+        rows = rows.view(self.code_shape)
         if self.grids:
             sizes = torch.tensor([h * w for h, w in self.grids], device=indices.device)
             scale = torch.arange(len(sizes), device=indices.device)

@@ -75,4 +75,4 @@ def test_other_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"LFQ knows the bounds.*bound='relu'"):
         LFQ(4, bound="relu")
     with pytest.raises(ValueError, match="BSQ needs a positive temperature, got 0"):
-        BSQ(4, temperature=0)
+        BSQ(4, temperature=0.0)

@@ -43,7 +43,7 @@ def test_a_generator_decides() -> None:
 
 
 def test_none_where_nothing_is_dropped() -> None:
-    assert DepthDropout(depth=6, p=0)(8) is None
+    assert DepthDropout(depth=6, p=0.0)(8) is None
     drop = DepthDropout(depth=6).eval()
     assert drop(8) is None
     assert drop.is_full(None) is None

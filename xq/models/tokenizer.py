@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from xq.config import build, describe
 from xq.quantizers import Quantized, Quantizer, Wrapper
-from xq.quantizers.base import Depth, Scales
+from xq.quantizers.base import Depth, ScalesLike
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
@@ -67,7 +68,7 @@ class Tokenizer(nn.Module):
         for z in self.quantizer.partials(indices):
             yield self.decoder(z)
 
-    def with_scales(self, scales: Scales) -> "Tokenizer":
+    def with_scales(self, scales: ScalesLike) -> "Tokenizer":
         """The same modules with the quantizer at another resolution."""
         return Tokenizer(self.encoder, self.quantizer.with_scales(scales), self.decoder)
 
@@ -84,9 +85,7 @@ class Tokenizer(nn.Module):
             TypeError: If a part has no `config()`; nothing is written then.
         """
         text = json.dumps(describe(self), indent=2) + "\n"
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target) as staging:
+        with _folder(Path(folder)) as target, tempfile.TemporaryDirectory(dir=target) as staging:
             weights, config = Path(staging, _WEIGHTS), Path(staging, _CONFIG)
             save_file(_owned(self), weights, metadata={"format": "pt"})
             config.write_text(text)
@@ -128,12 +127,25 @@ class Tokenizer(nn.Module):
         return model.eval()
 
 
+@contextmanager
+def _folder(target: Path) -> Iterator[Path]:
+    """Makes the folder, and takes it away again if nothing came of it."""
+    existed = target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        yield target
+    except BaseException:
+        if not existed and not any(target.iterdir()):
+            target.rmdir()
+        raise
+
+
 def _build(
     cls: type[Tokenizer], path: Path, classes: Iterable[type | Callable[..., Any]]
 ) -> Tokenizer:
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no JSON file: {error}") from error
     if not isinstance(config, dict) or "class" not in config:
         raise ValueError(f'{path} describes no xq model: it has no "class"')
@@ -165,6 +177,11 @@ def _load(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
             raise ValueError(
                 f"{path} has {name} of shape {tuple(state[name].shape)}, "
                 f"its config.json wants {tuple(tensor.shape)}"
+            )
+        # half precision is fine, but no float of an integer nor the reverse
+        if tensor.is_floating_point() != state[name].is_floating_point():
+            raise ValueError(
+                f"{path} has {name} of {state[name].dtype}, its config.json wants {tensor.dtype}"
             )
     # checked above; the further names of shared tensors are not in the file
     model.load_state_dict(state, strict=False)

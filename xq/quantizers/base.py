@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
@@ -15,6 +15,8 @@ from xq.quantizers.estimators import straight_through
 from xq.quantizers.precision import Float32, float32_island, widen
 
 Scales = tuple[int | tuple[int, int], ...]
+# what callers may write for them: sides or (h, w) pairs, in any sequence
+ScalesLike = Sequence[int | Sequence[int]]
 Depth = int | Shaped[Tensor, " b"] | None
 
 
@@ -239,7 +241,7 @@ class Quantizer(Float32, ABC):
                 return
             yield z
 
-    def with_scales(self, scales: Scales) -> "Quantizer":
+    def with_scales(self, scales: ScalesLike) -> "Quantizer":
         """The same modules at another resolution.
 
         Raises:

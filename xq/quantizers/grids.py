@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from xq.config import describe
-from xq.quantizers.base import Scales
+from xq.quantizers.base import Scales, ScalesLike
 
 # VAR's ten scales for 256 x 256 images at stride 16 (Tian et al. 2024, section 4)
 _PUBLISHED = {10: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}
@@ -75,7 +75,7 @@ class Pyramid(nn.Module):
         ValueError: If scales are missing, not positive or larger than the last.
     """
 
-    def __init__(self, scales: Scales, refine: Sequence[Refine] = ()) -> None:
+    def __init__(self, scales: ScalesLike, refine: Sequence[Refine] = ()) -> None:
         super().__init__()
         self.scales = _checked(scales)
         self.refine = nn.ModuleList(refine)
@@ -117,7 +117,7 @@ class Pyramid(nn.Module):
                 yield indices[:, start : start + h * w].unflatten(1, (h, w))
             start += h * w
 
-    def with_scales(self, scales: Scales) -> "Pyramid":
+    def with_scales(self, scales: ScalesLike) -> "Pyramid":
         """The same refinements at other scales; with few scales some refinements may be idle."""
         new = copy.copy(self)
         new.scales = _checked(scales)
@@ -154,7 +154,7 @@ def shared_refinement(k: int, scales: int, refinements: int) -> int:
     return min(range(refinements), key=lambda i: abs(ticks[i] - position))
 
 
-def _checked(scales: Scales) -> Scales:
+def _checked(scales: ScalesLike) -> Scales:
     scales = tuple(s if isinstance(s, int) else (int(s[0]), int(s[1])) for s in scales)
     sizes = [(s, s) if isinstance(s, int) else s for s in scales]
     if not sizes or min(min(s) for s in sizes) < 1:

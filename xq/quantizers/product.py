@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from xq.config import describe
-from xq.quantizers.base import Depth, Losses, Quantized, Quantizer, Scales
+from xq.quantizers.base import Depth, Losses, Quantized, Quantizer, ScalesLike
 from xq.quantizers.children import check_alike, listed
 from xq.quantizers.replicate import replicate
 from xq.quantizers.shrink import joined
@@ -115,7 +115,7 @@ class ProductQuantizer(Quantizer):
     def estimators(self) -> Any:
         return [branch.estimators for branch in self._all_branches()]
 
-    def with_scales(self, scales: Scales) -> "ProductQuantizer":
+    def with_scales(self, scales: ScalesLike) -> "ProductQuantizer":
         """The same branches at another resolution.
 
         Raises:

@@ -5,7 +5,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from xq.quantizers.base import Quantizer, Scales
+from xq.quantizers.base import Quantizer, ScalesLike
 from xq.quantizers.wrapper import Wrapper
 
 
@@ -33,18 +33,17 @@ class Projected(Wrapper):
         return self.project_in.in_features
 
     def enter(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch inner"]:
-        if x.ndim == 0 or x.shape[-1] != self.dim or not x.is_floating_point():
+        if x.ndim == 0 or x.shape[-1] != self.dim:
             raise ValueError(
-                f"Projected expects floating-point vectors with {self.dim} channels in the last "
-                f"axis, got {x.dtype} of shape {tuple(x.shape)}; "
-                "ChannelFirst(Projected(...)) takes channel-first input"
+                f"Projected expects {self.dim} channels in the last axis, got shape "
+                f"{tuple(x.shape)}; ChannelFirst(Projected(...)) takes channel-first input"
             )
         return self.project_in(x)
 
     def leave(self, z: Float[Tensor, "*batch inner"]) -> Float[Tensor, "*batch dim"]:
         return self.project_out(z)
 
-    def with_scales(self, scales: Scales) -> "Projected":
+    def with_scales(self, scales: ScalesLike) -> "Projected":
         """The same modules at another resolution."""
         new = Projected(self.quantizer.with_scales(scales), self.dim)
         new.project_in, new.project_out = self.project_in, self.project_out

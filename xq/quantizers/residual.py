@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from xq.config import describe
-from xq.quantizers.base import Depth, Losses, Quantized, Quantizer, Scales, expand, fit
+from xq.quantizers.base import Depth, Losses, Quantized, Quantizer, ScalesLike, expand, fit
 from xq.quantizers.children import check_alike, listed
 from xq.quantizers.depth import keep_mask
 from xq.quantizers.grids import Flat, Pyramid, Refine, published_scales
@@ -48,7 +48,7 @@ class ResidualQuantizer(Quantizer):
         quantizer: Quantizer | Sequence[Quantizer],
         depth: int | None = None,
         *,
-        multiscale: bool | Scales | Pyramid = False,
+        multiscale: bool | ScalesLike | Pyramid = False,
         shared: bool | None = None,
         shrink: float | None = None,
     ) -> None:
@@ -158,7 +158,7 @@ class ResidualQuantizer(Quantizer):
     def estimators(self) -> Any:
         return self._step(0).estimators
 
-    def with_scales(self, scales: Scales) -> "ResidualQuantizer":
+    def with_scales(self, scales: ScalesLike) -> "ResidualQuantizer":
         """The same steps and refinements at another resolution.
 
         Args:
@@ -208,7 +208,7 @@ class ResidualQuantizer(Quantizer):
         return list(self.steps)  # pyright: ignore[reportReturnType]
 
 
-def _count(multiscale: bool | Scales | Pyramid) -> int | None:
+def _count(multiscale: bool | ScalesLike | Pyramid) -> int | None:
     if isinstance(multiscale, bool):
         return None
     return len(multiscale.scales if isinstance(multiscale, Pyramid) else multiscale)
@@ -225,7 +225,7 @@ def _agreed_depth(known: dict[str, int | None]) -> int:
     return depth
 
 
-def _grid(multiscale: bool | Scales | Pyramid, depth: int, dim: int) -> Flat | Pyramid:
+def _grid(multiscale: bool | ScalesLike | Pyramid, depth: int, dim: int) -> Flat | Pyramid:
     if isinstance(multiscale, Pyramid):
         return multiscale
     if multiscale is False:

@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, cast, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from xq.quantizers.base import Depth, Quantized, Quantizer, Scales
+from xq.quantizers.base import Depth, Quantized, Quantizer, Scales, ScalesLike
 from xq.quantizers.precision import Float32, float32_island, widen
 
 
@@ -79,7 +79,7 @@ class Wrapper(Float32, ABC):
             yield z
 
     @abstractmethod
-    def with_scales(self, scales: Scales) -> "Wrapper":
+    def with_scales(self, scales: ScalesLike) -> "Wrapper":
         """The same modules around the quantizer at another resolution."""
 
     def config(self) -> dict[str, Any]:
@@ -124,9 +124,14 @@ class Wrapper(Float32, ABC):
         return self._inner.depth
 
     @property
-    def _inner(self) -> Quantizer:
-        # a wrapper offers what a quantizer does
-        return cast(Quantizer, self.quantizer)
+    def _inner(self) -> Any:
+        # a quantizer or a wrapper, which offer the same
+        return self.quantizer
 
     def _entered(self, x: Tensor) -> Tensor:
-        return self.enter(widen(x) if x.is_floating_point() else x)
+        if not x.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__} expects floating-point vectors, got {x.dtype}; "
+                "indices go to decode(), images to float first"
+            )
+        return self.enter(widen(x))

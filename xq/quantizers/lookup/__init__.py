@@ -3,7 +3,7 @@
 import os
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from xq.quantizers.lookup.chunked import nearest_chunked
@@ -14,17 +14,17 @@ BACKENDS = {"chunked": nearest_chunked, "reference": nearest_reference}
 
 
 def nearest(
-    x: Float[Tensor, "*batch dim"],
-    codes: Float[Tensor, "k dim"],
+    x: Shaped[Tensor, "..."],
+    codes: Shaped[Tensor, "..."],
     metric: str = "euclidean",
     *,
     backend: str | None = None,
-) -> Int[Tensor, "*batch"]:
+) -> Int[Tensor, "..."]:
     """Index of the code nearest to each vector, the lowest on ties. Has no gradient.
 
     Args:
-        x: Vectors; the search runs in their precision.
-        codes: At least one code, of the dtype and on the device of `x`.
+        x: Vectors `(*batch, dim)`; the search runs in their precision.
+        codes: `(k, dim)`, at least one, of the dtype and on the device of `x`.
         metric: "euclidean", or "cosine" for the smallest angle.
         backend: "chunked" or "reference"; by default the environment's `XQ_LOOKUP`, or else
             chunked.
@@ -40,9 +40,9 @@ def nearest(
             f"nearest expects x (..., dim) and codes (k >= 1, dim), "
             f"got {tuple(x.shape)} and {tuple(codes.shape)}"
         )
-    if x.dtype != codes.dtype or x.device != codes.device:
+    if not x.is_floating_point() or x.dtype != codes.dtype or x.device != codes.device:
         raise ValueError(
-            f"nearest expects x and codes alike, got {x.dtype} on {x.device} "
+            f"nearest expects floating-point x and codes alike, got {x.dtype} on {x.device} "
             f"and {codes.dtype} on {codes.device}"
         )
     flat = x.detach().reshape(-1, x.shape[-1])
