@@ -24,12 +24,15 @@ SETTINGS = settings(
 )
 
 
+# with the jaxtyping hook beartype draws which items of a list it checks, which hypothesis minds
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 @settings(SETTINGS, max_examples=30)
 @given(quantizer=leaves())
 def test_every_leaf_keeps_the_contract(quantizer: Quantizer) -> None:
     check_quantizer(quantizer, inputs_for(quantizer))
 
 
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 @settings(SETTINGS, max_examples=60)
 @given(quantizer=trees())
 def test_every_nest_keeps_the_contract(quantizer: Quantizer) -> None:
