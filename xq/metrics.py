@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Shaped
@@ -28,6 +28,7 @@ class Usage(NamedTuple):
     entropy: Float[Tensor, "*scales_and_code"]
 
 
+@runtime_checkable
 class HasCodes(Protocol):
     """What `CodebookUsage.of` reads from a quantizer or wrapper."""
 

@@ -122,10 +122,16 @@ def _check_gradients(q: Quantizer, x: Tensor) -> None:
     x = x.clone().requires_grad_()
     z, _, losses = q(x)
     (got,) = torch.autograd.grad(z.sum(), x, retain_graph=True)
+    _claim(bool(got.isfinite().all()), "the gradient of z is finite")
     if _straight_through(q.estimators):
         (want,) = torch.autograd.grad(q.bound(x).sum(), x)
         _claim(torch.allclose(got, want), "the gradient of z is that of bound, once")
-    _claim(bool(got.isfinite().all()), "the gradient of z is finite")
+    u = q.bound(x).detach().requires_grad_()
+    inner = q.quantize(u).z
+    if inner.requires_grad:
+        (leak,) = torch.autograd.grad(inner.sum(), u, allow_unused=True)
+        none = leak is None or not leak.any()
+        _claim(none, "quantize gives its input no gradient through z; estimate does, at the root")
     (z.sum() + losses.total()).backward()
     for name, parameter in q.named_parameters():
         grad = parameter.grad

@@ -62,22 +62,16 @@ class ResidualQuantizer(Quantizer):
         }
         self.depth = _agreed_depth(known)
         self.grid = _grid(multiscale, self.depth, given[0].dim)
-        self.shared = self._resolve_shared(shared)
-        as_given = self._from_list or self.shared
-        steps = given if as_given else replicate(given[0], self.depth)
-        self.steps = nn.ModuleList(steps)
-        self._adopt(steps, shrink)
-
-    def _resolve_shared(self, shared: bool | None) -> bool:
         if self._from_list and shared:
             raise ValueError(
                 "ResidualQuantizer takes a list as it is; with shared=True pass one quantizer"
             )
-        return (
-            isinstance(self.grid, Pyramid)
-            if shared is None and not self._from_list
-            else bool(shared)
-        )
+        by_default = isinstance(self.grid, Pyramid) and not self._from_list
+        self.shared = by_default if shared is None else shared
+        as_given = self._from_list or self.shared
+        steps = given if as_given else replicate(given[0], self.depth)
+        self.steps = nn.ModuleList(steps)
+        self._adopt(steps, shrink)
 
     def _adopt(self, steps: list[Quantizer], shrink: float | None) -> None:
         """Takes over what the steps have in common."""
