@@ -69,6 +69,7 @@ def test_more_than_24_channels_ask_for_groups() -> None:
     with pytest.raises(ValueError, match=r"BSQ: the entropy over 2\*\*36 codes.*group_size"):
         BSQ(36)
     assert BSQ(36, group_size=18)(torch.randn(2, 36)).losses.regularizer > 0
+    assert BSQ(36, regularize=False)(torch.randn(2, 36)).losses.regularizer == 0
 
 
 def test_other_bad_arguments() -> None:

@@ -134,6 +134,7 @@ def test_the_regularizer_is_computed_in_training_with_gradients_only() -> None:
     with torch.no_grad():
         assert leaf(x).losses.regularizer == 0
     assert leaf.eval()(x).losses.regularizer == 0
+    assert LFQ(4, regularize=False)(x).losses.regularizer == 0
 
 
 @pytest.mark.parametrize("multiscale", [False, (1, 2, 4)])

@@ -23,7 +23,9 @@ class _SignQuantizer(Quantizer):
     shrink = 0.5
     scale: float
 
-    def __init__(self, dim: int, *, temperature: float, group_size: int | None) -> None:
+    def __init__(
+        self, dim: int, *, temperature: float, group_size: int | None, regularize: bool
+    ) -> None:
         super().__init__()
         name = type(self).__name__
         if not 1 <= dim <= MAX_BITS:
@@ -33,18 +35,20 @@ class _SignQuantizer(Quantizer):
             )
         if temperature <= 0:
             raise ValueError(f"{name} needs a positive temperature, got {temperature}")
-        try:
-            check_group_size(dim, group_size)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        if regularize:
+            try:
+                check_group_size(dim, group_size)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}, or regularize=False") from None
         self.dim, self.codebook_size = dim, 2**dim
         self.temperature, self.group_size = temperature, group_size
+        self.regularize = regularize
 
     def quantize(self, u: Float[Tensor, "*batch dim"], depth: Depth = None) -> Quantized:
         signs = u > 0
         z = self._codes(signs, u.dtype)
         losses = fit(u, z, learned=False)
-        if self.training and torch.is_grad_enabled():
+        if self.regularize and self.training and torch.is_grad_enabled():
             losses = losses._replace(regularizer=self.entropy(u).penalty())
         return Quantized(z, signs_to_indices(signs), losses)
 
@@ -76,6 +80,8 @@ class LFQ(_SignQuantizer):
             commitment of an unbounded input has no floor to push against.
         temperature: Of the soft assignment in the entropies, above 0.
         group_size: See `sign_entropy`; needed above 24 channels.
+        regularize: Whether to compute the entropy penalty; where its weight is zero, without it a
+            step is faster.
 
     Raises:
         ValueError: If an argument lies outside its range.
@@ -90,8 +96,9 @@ class LFQ(_SignQuantizer):
         bound: str | None = None,
         temperature: float = 1.0,
         group_size: int | None = None,
+        regularize: bool = True,
     ) -> None:
-        super().__init__(dim, temperature=temperature, group_size=group_size)
+        super().__init__(dim, temperature=temperature, group_size=group_size, regularize=regularize)
         if bound not in (None, "tanh"):
             raise ValueError(f'LFQ knows the bounds None and "tanh", got bound={bound!r}')
         self.bounded = bound == "tanh"
@@ -109,6 +116,7 @@ class LFQ(_SignQuantizer):
             "bound": "tanh" if self.bounded else None,
             "temperature": self.temperature,
             "group_size": self.group_size,
+            "regularize": self.regularize,
         }
 
 
@@ -122,15 +130,22 @@ class BSQ(_SignQuantizer):
         dim: Channels, so bits an index, 1 to 62.
         temperature: Of the soft assignment in the entropies, above 0.
         group_size: See `sign_entropy`; needed above 24 channels.
+        regularize: Whether to compute the entropy penalty; where its weight is zero, without it a
+            step is faster.
 
     Raises:
         ValueError: If an argument lies outside its range.
     """
 
     def __init__(
-        self, dim: int, *, temperature: float = 1.0, group_size: int | None = None
+        self,
+        dim: int,
+        *,
+        temperature: float = 1.0,
+        group_size: int | None = None,
+        regularize: bool = True,
     ) -> None:
-        super().__init__(dim, temperature=temperature, group_size=group_size)
+        super().__init__(dim, temperature=temperature, group_size=group_size, regularize=regularize)
         self.scale = 1 / math.sqrt(dim)
 
     def bound(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
@@ -145,4 +160,5 @@ class BSQ(_SignQuantizer):
             "dim": self.dim,
             "temperature": self.temperature,
             "group_size": self.group_size,
+            "regularize": self.regularize,
         }
