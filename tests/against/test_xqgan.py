@@ -6,7 +6,7 @@ Deliberate differences:
   integers that picks samples 0 and 1; ours is exact over all codes, on what each step quantizes,
   of all samples, whatever they drop. Its numbers come out of `sign_entropy` all the same.
 - A sample that it does not drop has a depth above all scales; ours is the number of scales.
-- With one scale, three of its four refinements are never used; `Pyramid` refuses to hold them.
+- With one scale, three of its four refinements are never used; these tests leave them out.
 """
 
 import math

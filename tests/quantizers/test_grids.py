@@ -85,8 +85,12 @@ def test_scales_that_make_no_pyramid_are_refused(scales: tuple) -> None:
         Pyramid(scales)
 
 
-def test_idle_refinements_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 refinements for 2 scales"):
-        Pyramid((1, 2), [Refine(4) for _ in range(3)])
+def test_refinements_beyond_the_scales_are_kept_and_idle() -> None:
+    pyramid = Pyramid((1, 2), [Refine(4) for _ in range(4)])
+    assert len(pyramid.state_dict()) == 8
+    assert pyramid.with_scales((1, 2, 3, 4)).up(torch.randn(1, 3, 3, 4), 2).shape == (1, 4, 4, 4)
+
+
+def test_a_refinement_without_a_share_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ratio in \(0, 1\], got 0"):
         Refine(4, 0.0)

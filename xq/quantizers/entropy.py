@@ -59,12 +59,16 @@ def sign_entropy(logits: Float[Tensor, "*batch dim"], group_size: int | None = N
     size = check_group_size(dim, group_size)
     logits = logits.reshape(-1, dim).clamp(-_CERTAIN, _CERTAIN)
     maximum = dim * math.log(2)
-    if len(logits) == 0:
-        # no tokens, nothing to regularize, still connected to the graph
-        return CodeEntropy(logits.sum(), logits.sum() + maximum, maximum)
-    per_token = _binary_entropy(logits).sum() / len(logits)
-    batch = torch.stack([_batch_entropy(group) for group in logits.split(size, dim=-1)]).sum()
-    return CodeEntropy(per_token, batch, maximum)
+    per_token = _binary_entropy(logits).sum() / max(len(logits), 1)
+    tokens = logits.new_ones(len(logits)).sum()
+    # a process without tokens still takes part in the sum
+    sums = [_code_mass(group) for group in logits.split(size, dim=-1)]
+    mass = sum_over_processes(torch.cat([*sums, tokens[None]]))
+    mean, tokens = mass[:-1] / mass[-1].clamp(min=1), mass[-1]
+    # a code without mass adds nothing; the floor keeps its logarithm, so its gradient, finite
+    batch = -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
+    # no tokens anywhere: nothing to regularize, still connected to the graph
+    return CodeEntropy(per_token, batch.where(tokens > 0, maximum), maximum)
 
 
 def check_group_size(dim: int, group_size: int | None) -> int:
@@ -97,14 +101,11 @@ def _binary_entropy(logits: Tensor) -> Tensor:
     return p * F.softplus(-logits) + (1 - p) * F.softplus(logits)
 
 
-def _batch_entropy(logits: Float[Tensor, "n bits"]) -> Float[Tensor, ""]:
+def _code_mass(logits: Float[Tensor, "n bits"]) -> Float[Tensor, " codes"]:
+    """The summed probability of each sign pattern over tokens, bit 0 lowest."""
     half = logits.shape[1] // 2
     low, high = _joint(logits[:, :half]), _joint(logits[:, half:])
-    tokens = logits.new_ones(len(logits)).sum()
-    mass = sum_over_processes(torch.cat([(high.t() @ low).reshape(-1), tokens[None]]))
-    mean = mass[:-1] / mass[-1]
-    # a code without mass adds nothing; the floor keeps its logarithm, so its gradient, finite
-    return -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
+    return (high.t() @ low).reshape(-1)
 
 
 def _joint(logits: Float[Tensor, "n bits"]) -> Float[Tensor, "n codes"]:

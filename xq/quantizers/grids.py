@@ -69,7 +69,8 @@ class Pyramid(nn.Module):
 
     Args:
         scales: Sides or `(h, w)` pairs, coarse to fine; none larger than the last.
-        refine: Convolutions after upsampling, at most one a scale; scales share them as in VAR.
+        refine: Convolutions after upsampling, which scales share as in VAR. More than scales are
+            kept, and some idle: XQ-GAN's single-scale files hold such.
 
     Raises:
         ValueError: If scales are missing, not positive or larger than the last.
@@ -79,11 +80,6 @@ class Pyramid(nn.Module):
         super().__init__()
         self.scales = _checked(scales)
         self.refine = nn.ModuleList(refine)
-        if len(refine) > len(self.scales):
-            raise ValueError(
-                f"Pyramid has {len(refine)} refinements for {len(self.scales)} scales, "
-                "so some would never be used; pass at most one a scale"
-            )
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
