@@ -21,6 +21,11 @@ def describe(value: Any) -> Any:
     Raises:
         TypeError: If a part has no JSON form.
     """
+    if isinstance(value, nn.Module) and hasattr(value, "_orig_mod"):
+        raise TypeError(
+            f"a compiled {type(value._orig_mod).__name__} has no JSON form: describe or save the "
+            "module that was compiled (its _orig_mod)"
+        )
     if isinstance(value, nn.Module):
         return {"class": type(value).__name__, **describe(_config(value))}
     if isinstance(value, dict):

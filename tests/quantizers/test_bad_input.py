@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ LEAF = VQ(4, 8, codebook=EMACodebook)
 FLAT = ResidualQuantizer(VQ(4, 8), 3)
 PYRAMID = ResidualQuantizer(VQ(4, 8), multiscale=(1, 2, 4))
 TREE = ProductQuantizer(PYRAMID, P=2)
+STEPS_OF_PYRAMIDS = ResidualQuantizer(PYRAMID, 2)
 
 FORWARD: dict[str, tuple[Quantizer, torch.Tensor, str]] = {
     "channels": (
@@ -60,9 +62,11 @@ def test_forward_does_not_look_at_values() -> None:
 
 
 DEPTH: dict[str, tuple[object, str]] = {
-    "0": (0, "ResidualQuantizer has depths 1 to 3, got depth=0"),
-    "4": (4, "depths 1 to 3, got depth=4"),
+    "0": (0, r"ResidualQuantizer has depths 1 to 3, .*got depth=0"),
+    "4": (4, r"depths 1 to 3, .* got depth=4"),
     "-1": (-1, "got depth=-1"),
+    "a fraction": (2.0, "or a tensor with one a sample, got depth=2.0"),
+    "a list": ([1, 2], r"got depth=\[1, 2\]"),
     "length": (torch.ones(5, dtype=torch.int64), r"one integer a sample, shape \(2,\).*\(5,\)"),
     "floats": (torch.ones(2), "got torch.float32"),
 }
@@ -103,6 +107,7 @@ DECODE: dict[str, tuple[Quantizer, Callable[[], torch.Tensor], str]] = {
         r"shape \(b, 21\), or those of some leading scales, got \(2, 4\)",
     ),
     "no scale": (PYRAMID, lambda: ints(2, 0), r"got \(2, 0\)"),
+    "scales of a step": (STEPS_OF_PYRAMIDS, lambda: ints(2, 5, 2), r"got \(2, 5, 2\)"),
     "grids": (PYRAMID, lambda: ints(2, 4, 4), r"got \(2, 4, 4\)"),
     "branches": (TREE, lambda: ints(2, 21, 3), r"shape \(b, 21, 2\).*got \(2, 21, 3\)"),
 }
@@ -124,6 +129,19 @@ def test_sizes_and_names_that_make_no_codebook() -> None:
         VQ(4, 8, codebook=partial(EMACodebook, decay=1.0))
     with pytest.raises(ValueError, match=r"VQ knows the metrics .* got metric='l1'"):
         VQ(4, 8, metric="l1")
+
+
+def test_codebooks_that_are_made_already_or_of_another_size() -> None:
+    # under the jaxtyping hook the annotation refuses the first
+    with pytest.raises((ValueError, TypeError), match=r"VQ makes its own codebook|'codebook'"):
+        VQ(4, 8, codebook=EMACodebook(8, 4))
+    with pytest.raises(ValueError, match="asked for a codebook of 8 x 4, its factory made 9"):
+        VQ(4, 8, codebook=lambda size, dim: EMACodebook(size + 1, dim))
+
+
+def test_numpy_integers_are_depths_too() -> None:
+    x = torch.randn(2, 4)
+    assert torch.equal(FLAT(x, np.int64(2)).z, FLAT(x, 2).z)
 
 
 def test_a_leaf_has_no_token_count() -> None:

@@ -1,6 +1,7 @@
 """Whole graphs: torch.compile(fullgraph=True) in train and eval, torch.export."""
 
 import copy
+import io
 from functools import partial
 
 import pytest
@@ -92,9 +93,24 @@ def test_exports_with_a_dynamic_batch(name: str) -> None:
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(quantizer, (x,), dynamic_shapes=({0: batch},))
     more = inputs_for(quantizer, batch=5, seed=1)
-    got, want = program.module()(more), quantizer(more)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    got, want = torch.export.load(buffer).module()(more), quantizer(more)
     assert torch.equal(got.indices, want.indices)
     torch.testing.assert_close(got.z, want.z)
+
+
+@pytest.mark.compile
+def test_a_graph_leaves_autocast() -> None:
+    torch._dynamo.reset()
+    quantizer = ProductQuantizer(ResidualQuantizer(VQ(4, 64), 2), P=2)
+    compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(200, 8)
+    want = quantizer(x).indices
+    for enabled in (False, True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            assert torch.equal(compiled(x).indices, want)
 
 
 class Decoder(torch.nn.Module):

@@ -5,7 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xq.quantizers import VQ, ProductQuantizer, Pyramid, Refine, ResidualQuantizer
+from xq.quantizers import (
+    VQ,
+    ChannelFirst,
+    ProductQuantizer,
+    Projected,
+    Pyramid,
+    Refine,
+    ResidualQuantizer,
+)
 from xq.quantizers.grids import published_scales, shared_refinement
 
 
@@ -79,9 +87,31 @@ def test_with_scales_needs_scales() -> None:
         ResidualQuantizer(VQ(4, 8), 2).with_scales((1, 2))
 
 
-@pytest.mark.parametrize("scales", [(), (0, 2), (1, 4, 2), ((1, 5), (2, 2))])
+def test_sides_and_pairs_of_any_integers_make_a_pyramid() -> None:
+    assert Pyramid([np.int64(1), [2, 3], (4, 4)]).scales == (1, (2, 3), (4, 4))
+    product = ProductQuantizer(
+        [
+            ResidualQuantizer(VQ(4, 8), multiscale=(1, 2)),
+            ResidualQuantizer(VQ(4, 8), multiscale=((1, 1), (2, 2))),
+        ]
+    )
+    assert product.grids == ((1, 1), (2, 2))
+
+
+def test_with_scales_keeps_the_mode_and_the_class_and_draws_nothing() -> None:
+    tree = ChannelFirst(Projected(ResidualQuantizer(VQ(4, 8), multiscale=(1, 2)), 6)).eval()
+    state = torch.get_rng_state()
+    wide = tree.with_scales((1, 3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not wide.training
+    assert type(wide) is ChannelFirst
+    wide.quantizer.quantizer.grid.refine = torch.nn.ModuleList()
+    assert len(tree.quantizer.quantizer.grid.refine) == 2
+
+
+@pytest.mark.parametrize("scales", [(), (0, 2), (1, 4, 2), ((1, 5), (2, 2)), ((1, 2, 3),), (1.5,)])
 def test_scales_that_make_no_pyramid_are_refused(scales: tuple) -> None:
-    with pytest.raises(ValueError, match="Pyramid"):
+    with pytest.raises((ValueError, TypeError), match="Pyramid"):
         Pyramid(scales)
 
 

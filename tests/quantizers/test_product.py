@@ -82,9 +82,31 @@ class Stubborn(Quantizer):
         return self.offset.expand(*indices.shape, 2)
 
 
+class Offset(Stubborn):
+    """The same with a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.offset
+        self.register_buffer("offset", torch.zeros(2))
+
+
+class Spread(VQ):
+    """Draws its codes in a way of its own."""
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.constant_(self.codebook.weight, 7.0)
+
+
+def test_copies_keep_a_way_to_start_of_their_own() -> None:
+    assert (ProductQuantizer(Spread(2, 4), P=2).branches[1].codebook.weight == 7).all()
+
+
 def test_children_that_cannot_be_copied_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Stubborn.*no reset_parameters.*pass a list"):
         ProductQuantizer(Stubborn(), P=2)
+    with pytest.raises(ValueError, match=r"Offset.*no reset_parameters"):
+        ProductQuantizer(Offset(), P=2)
     product = ProductQuantizer([Stubborn(), Stubborn()])
     assert product(torch.randn(3, 4)).indices.shape == (3, 2)
 
@@ -114,7 +136,7 @@ BAD = {
                 ResidualQuantizer(VQ(4, 8), multiscale=(2, 2)),
             ]
         ),
-        "same scales",
+        "same grids, got",
     ),
     "depths": (
         lambda: ProductQuantizer([ResidualQuantizer(VQ(4, 8), 2), ProductQuantizer(VQ(2, 8), 2)]),

@@ -9,18 +9,36 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from xq.quantizers import (
+    BSQ,
     LFQ,
     VQ,
     ChannelFirst,
     EMACodebook,
     GradientCodebook,
     ProductQuantizer,
+    Projected,
     Quantizer,
     ResidualQuantizer,
     accumulating,
 )
 
 EMA = partial(EMACodebook, decay=0.9)
+
+
+def learners() -> dict[str, Quantizer]:
+    product = ResidualQuantizer(VQ(2, 8, codebook=EMA), 2)
+    return {
+        "vq": VQ(4, 8, codebook=EMA),
+        "shared residual": ResidualQuantizer(VQ(4, 8, codebook=EMA), 3, shared=True),
+        "product of residuals": ProductQuantizer(product, P=2),
+        "pyramid": ResidualQuantizer(VQ(4, 8, codebook=EMA), multiscale=(1, 2)),
+        "binary pyramids": ProductQuantizer(ResidualQuantizer(BSQ(2), multiscale=(1, 2)), P=2),
+        "projected": Projected(VQ(3, 8, codebook=EMA), 4),
+    }
+
+
+def batch_for(quantizer: Quantizer) -> torch.Tensor:
+    return torch.randn(5, 2, 2, 4) if quantizer.scales else torch.randn(20, 4)
 
 
 def naive_vq(x: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -107,18 +125,31 @@ def test_a_rarely_chosen_code_survives_long_decay() -> None:
     torch.testing.assert_close(vq.codebook.weight[1], torch.tensor([9.5]))
 
 
-def learners() -> dict[str, Quantizer]:
-    return {
-        "vq": VQ(4, 8, codebook=EMA),
-        "shared residual": ResidualQuantizer(VQ(4, 8, codebook=EMA), 3, shared=True),
-        "product of residuals": ProductQuantizer(ResidualQuantizer(VQ(2, 8, codebook=EMA), 2), P=2),
-    }
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_bad_row_does_not_stay_in_the_averages(value: float) -> None:
+    good, bad = (VQ(4, 8, codebook=EMA) for _ in range(2))
+    bad.load_state_dict(good.state_dict())
+    x = torch.randn(40, 4)
+    spoiled = torch.cat([x, torch.full((1, 4), value)])
+    for _ in range(2):
+        good(x), bad(spoiled)
+    assert_same_state(good, bad)
+
+
+def test_an_empty_batch_forgets_nothing() -> None:
+    vq = VQ(4, 8, codebook=EMA)
+    vq(torch.randn(40, 4))
+    before = {name: tensor.clone() for name, tensor in vq.state_dict().items()}
+    before["codebook.weight"] = vq.codebook.total / vq.codebook.count[:, None]
+    vq(torch.randn(0, 4))
+    for name in ("codebook.count", "codebook.total"):
+        assert torch.equal(vq.state_dict()[name], before[name])
 
 
 @pytest.mark.parametrize("name", learners())
 def test_weight_count_and_total_resume_bit_for_bit(name: str) -> None:
     quantizer = learners()[name]
-    batches = [torch.randn(20, 4) for _ in range(6)]
+    batches = [batch_for(quantizer) for _ in range(6)]
     for batch in batches[:3]:
         quantizer(batch)
     resumed = copy.deepcopy(quantizer)
@@ -136,7 +167,7 @@ def test_checkpointing_learns_once(name: str) -> None:
     plain = learners()[name]
     recomputed = copy.deepcopy(plain)
     for _ in range(3):
-        x = torch.randn(20, 4)
+        x = batch_for(plain)
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
         one, two = plain(a), checkpoint(recomputed, b, use_reentrant=False)
         for q in (one, two):

@@ -32,6 +32,15 @@ def test_channel_first_takes_any_grid(shape: tuple[int, ...]) -> None:
     assert indices.shape == (shape[0], *shape[2:])
 
 
+def test_partials_of_wrappers_are_exact_under_autocast() -> None:
+    wrapped = Projected(ResidualQuantizer(VQ(3, 8), 3), 20)
+    indices = wrapped.encode(torch.randn(4, 20))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        *_, whole = wrapped.partials(indices)
+        assert torch.equal(whole, wrapped.decode(indices))
+    assert torch.equal(whole, wrapped.decode(indices))
+
+
 def test_projected_quantizes_in_fewer_dimensions() -> None:
     wrapped = Projected(LFQ(6), 20)
     x = torch.randn(3, 20, requires_grad=True)

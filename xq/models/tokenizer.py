@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from xq.config import build, describe
 from xq.quantizers import Quantized, Quantizer, Wrapper
 from xq.quantizers.base import Depth, ScalesLike
+from xq.quantizers.sharing import sharing
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
@@ -61,16 +62,21 @@ class Tokenizer(nn.Module):
 
     def decode(self, indices: Shaped[Tensor, "..."]) -> Float[Tensor, "b c h w"]:
         """Images from tokens; leading steps or scales alone give a coarser one."""
-        return self.decoder(self.quantizer.decode(indices))
+        return self.decoder(self._as_decoder(self.quantizer.decode(indices)))
 
     def partials(self, indices: Shaped[Tensor, "..."]) -> Iterator[Float[Tensor, "b c h w"]]:
         """Images after each step or scale, coarse to fine."""
         for z in self.quantizer.partials(indices):
-            yield self.decoder(z)
+            yield self.decoder(self._as_decoder(z))
+
+    def _as_decoder(self, z: Tensor) -> Tensor:
+        # quantizers decode in float32, the decoder may be narrower
+        weight = next((p for p in self.decoder.parameters() if p.is_floating_point()), z)
+        return z.to(weight.dtype)
 
     def with_scales(self, scales: ScalesLike) -> "Tokenizer":
-        """The same modules with the quantizer at another resolution."""
-        return Tokenizer(self.encoder, self.quantizer.with_scales(scales), self.decoder)
+        """The same modules, shared, with the quantizer at another resolution."""
+        return sharing(self, quantizer=self.quantizer.with_scales(scales))
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as JSON."""

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, final
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from torch.utils import _pytree
 
-from xq.quantizers.checks import check_depth, check_finite, check_input, checked_indices
+from xq.quantizers.checks import check_finite, check_input, checked_depth, checked_indices
 from xq.quantizers.codebook import finish_learning, start_learning
 from xq.quantizers.estimators import straight_through
 from xq.quantizers.precision import Float32, float32_island, widen
@@ -57,6 +58,11 @@ class Quantized(NamedTuple):
     losses: Losses
 
 
+# so that an exported quantizer can be saved to a file
+for _named in (Losses, Quantized):
+    _pytree._register_namedtuple(_named, serialized_type_name=f"xq.quantizers.{_named.__name__}")
+
+
 def fit(
     u: Float[Tensor, "*batch dim"],
     z: Float[Tensor, "*batch dim"],
@@ -87,6 +93,11 @@ def expand(
 ) -> Shaped[Tensor, "b ..."]:
     """Views a value a sample so that it broadcasts over `like`."""
     return per_sample.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def as_grids(scales: Scales) -> tuple[tuple[int, int], ...]:
+    """Sides and `(h, w)` pairs, all as pairs."""
+    return tuple((s, s) if isinstance(s, int) else s for s in scales)
 
 
 class Quantizer(Float32, ABC):
@@ -161,7 +172,7 @@ class Quantizer(Float32, ABC):
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """`scales` as `(h, w)` pairs."""
-        return tuple((s, s) if isinstance(s, int) else s for s in self.scales)
+        return as_grids(self.scales)
 
     @property
     def num_tokens(self) -> int:
@@ -178,7 +189,7 @@ class Quantizer(Float32, ABC):
         return math.prod(self.code_shape) * math.log2(self.codebook_size)
 
     @final
-    def forward(self, x: Shaped[Tensor, "..."], depth: Depth = None) -> Quantized:
+    def forward(self, x: Shaped[Tensor, "..."], depth: Any = None) -> Quantized:
         """Quantizes floating-point vectors `(*batch, dim)`.
 
         Args:
@@ -190,7 +201,7 @@ class Quantizer(Float32, ABC):
             ValueError: If `x` or `depth` does not fit.
         """
         check_input(self, x)
-        check_depth(self, depth, x)
+        depth = checked_depth(self, depth, x)
         with float32_island(x.device.type):
             codebooks = start_learning(self)
             u = self.bound(widen(x))

@@ -65,6 +65,14 @@ class _SignQuantizer(Quantizer):
         """
         return sign_entropy(u * (4 * self.scale / self.temperature), self.group_size)
 
+    def config(self) -> dict[str, Any]:
+        return {
+            "dim": self.dim,
+            "temperature": self.temperature,
+            "group_size": self.group_size,
+            "regularize": self.regularize,
+        }
+
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.config().items())
 
@@ -111,13 +119,7 @@ class LFQ(_SignQuantizer):
         return "cube" if self.bounded else "real"
 
     def config(self) -> dict[str, Any]:
-        return {
-            "dim": self.dim,
-            "bound": "tanh" if self.bounded else None,
-            "temperature": self.temperature,
-            "group_size": self.group_size,
-            "regularize": self.regularize,
-        }
+        return {**super().config(), "bound": "tanh" if self.bounded else None}
 
 
 class BSQ(_SignQuantizer):
@@ -154,11 +156,3 @@ class BSQ(_SignQuantizer):
     @property
     def domain(self) -> str:
         return "sphere"
-
-    def config(self) -> dict[str, Any]:
-        return {
-            "dim": self.dim,
-            "temperature": self.temperature,
-            "group_size": self.group_size,
-            "regularize": self.regularize,
-        }

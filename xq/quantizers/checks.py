@@ -3,7 +3,7 @@
 Values are looked at in eager `encode` and `decode` alone: elsewhere that would synchronize.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
@@ -47,20 +47,25 @@ def check_finite(q: "Quantizer", x: Tensor) -> None:
         )
 
 
-def check_depth(q: "Quantizer", depth: "Depth", x: Tensor) -> None:
-    """Raises a `ValueError` unless `depth` is None, in 1..q.depth, or one integer a sample."""
+def checked_depth(q: "Quantizer", depth: Any, x: Tensor) -> "Depth":
+    """`depth`; raises a `ValueError` unless it is None, in 1..q.depth, or one integer a sample."""
+    if depth is None:
+        return None
     name = type(q).__name__
-    if isinstance(depth, int) and not 1 <= depth <= q.depth:
-        raise ValueError(f"{name} has depths 1 to {q.depth}, got depth={depth}")
-    if depth is not None and x.ndim < 2:
+    if x.ndim < 2:
         raise ValueError(f"{name} needs a batch axis to apply depth, got shape {tuple(x.shape)}")
-    if isinstance(depth, Tensor) and (
-        depth.shape != x.shape[:1] or depth.is_floating_point() or depth.dtype == torch.bool
-    ):
+    if isinstance(depth, Tensor):
+        if depth.shape != x.shape[:1] or depth.is_floating_point() or depth.dtype == torch.bool:
+            raise ValueError(
+                f"{name} expects depth as one integer a sample, shape ({x.shape[0]},), "
+                f"got {depth.dtype} of shape {tuple(depth.shape)}"
+            )
+        return depth
+    if not hasattr(depth, "__index__") or not 1 <= int(depth) <= q.depth:
         raise ValueError(
-            f"{name} expects depth as one integer a sample, shape ({x.shape[0]},), "
-            f"got {depth.dtype} of shape {tuple(depth.shape)}"
+            f"{name} has depths 1 to {q.depth}, or a tensor with one a sample, got depth={depth!r}"
         )
+    return int(depth)
 
 
 def checked_indices(q: "Quantizer", indices: Tensor) -> Int[Tensor, "..."]:

@@ -117,7 +117,8 @@ def finish_learning(codebooks: list[Codebook]) -> None:
     for book in codebooks:
         book.carries = book.accumulating
     ready = [book for book in codebooks if not book.accumulating]
-    all_reduce_sum_([sums for book in ready for sums in book.pending()])
+    if ready:
+        all_reduce_sum_([sums for book in ready for sums in book.pending()])
     for book in ready:
         book.fold()
 
@@ -126,7 +127,8 @@ def finish_learning(codebooks: list[Codebook]) -> None:
 def accumulating(module: nn.Module) -> Iterator[None]:
     """Within it, codebooks below `module` only observe; the next forward outside learns from all.
 
-    For the micro-batches of one optimizer step, as `DistributedDataParallel.no_sync`.
+    For the micro-batches of one optimizer step. Under `DistributedDataParallel` enter its `no_sync`
+    as well: otherwise its broadcast of buffers before each forward replaces the sums.
     """
     codebooks = [m for m in module.modules() if isinstance(m, Codebook)]
     before = [book.accumulating for book in codebooks]

@@ -67,10 +67,12 @@ class EMACodebook(Codebook):
             return
         with torch.no_grad():
             indices = indices.reshape(-1)
-            hits = torch.bincount(indices, minlength=self.codebook_size)
-            self.pending_count.add_(hits.to(self.pending_count.dtype))
             vectors = u.reshape(-1, self.dim).to(self.pending_total.dtype)
-            self.pending_total.index_add_(0, indices, vectors)
+            # one NaN, such as mixed precision makes now and then, would stay in the averages
+            finite = vectors.isfinite().all(-1, keepdim=True)
+            hits = torch.bincount(indices, finite[:, 0].to(vectors.dtype), self.codebook_size)
+            self.pending_count.add_(hits)
+            self.pending_total.index_add_(0, indices, vectors.where(finite, 0.0))
 
     def pending(self) -> list[Tensor]:
         return [self.pending_count, self.pending_total]
@@ -85,6 +87,7 @@ class EMACodebook(Codebook):
 
     def _load_from_state_dict(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super()._load_from_state_dict(*args)
+        self.carries = False
         # a module built on the meta device and loaded with assign=True: no file has these sums
         if self.pending_total.is_meta and not self.total.is_meta:
             self.pending_count = torch.zeros_like(self.count)

@@ -37,7 +37,7 @@ class CodeEntropy(NamedTuple):
     maximum: float
 
     def penalty(self) -> Float[Tensor, ""]:
-        """`per_token - batch` lifted by `maximum`: the same gradient, never negative."""
+        """`per_token - batch` lifted by `maximum`, so at least zero, with the same gradient."""
         return self.per_token + (self.maximum - self.batch)
 
 

@@ -1,7 +1,7 @@
 """Which token grid each step of a residual sees: the input's own, or a pyramid."""
 
-import copy
 from collections.abc import Iterator, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from xq.config import describe
-from xq.quantizers.base import Scales, ScalesLike
+from xq.quantizers.base import Scales, ScalesLike, as_grids
+from xq.quantizers.sharing import sharing
 
 # VAR's ten scales for 256 x 256 images at stride 16 (Tian et al. 2024, section 4)
 _PUBLISHED = {10: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}
@@ -84,7 +85,7 @@ class Pyramid(nn.Module):
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Scales as `(h, w)` pairs."""
-        return [(s, s) if isinstance(s, int) else s for s in self.scales]
+        return list(as_grids(self.scales))
 
     def down(self, x: Float[Tensor, "b H W dim"], k: int) -> Float[Tensor, "b h w dim"]:
         """`x` at scale k, by area."""
@@ -115,7 +116,7 @@ class Pyramid(nn.Module):
 
     def with_scales(self, scales: ScalesLike) -> "Pyramid":
         """The same refinements at other scales; with few scales some refinements may be idle."""
-        new = copy.copy(self)
+        new = sharing(self)
         new.scales = _checked(scales)
         return new
 
@@ -150,9 +151,14 @@ def shared_refinement(k: int, scales: int, refinements: int) -> int:
     return min(range(refinements), key=lambda i: abs(ticks[i] - position))
 
 
-def _checked(scales: ScalesLike) -> Scales:
-    scales = tuple(s if isinstance(s, int) else (int(s[0]), int(s[1])) for s in scales)
-    sizes = [(s, s) if isinstance(s, int) else s for s in scales]
+def _checked(scales: Any) -> Scales:
+    try:
+        scales = tuple(_scale(s) for s in scales)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Pyramid takes scales as sides or (h, w) pairs, such as (1, 2, (3, 4)), got {scales!r}"
+        ) from error
+    sizes = as_grids(scales)
     if not sizes or min(min(s) for s in sizes) < 1:
         raise ValueError(f"Pyramid needs one or more positive scales, got {scales}")
     if any(h > sizes[-1][0] or w > sizes[-1][1] for h, w in sizes):
@@ -160,6 +166,13 @@ def _checked(scales: ScalesLike) -> Scales:
             f"Pyramid scales go coarse to fine, none larger than the last, got {scales}"
         )
     return scales
+
+
+def _scale(scale: Any) -> int | tuple[int, int]:
+    if hasattr(scale, "__index__"):
+        return int(scale)
+    h, w = scale
+    return index(h), index(w)
 
 
 def _channels_first(x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from xq.quantizers.base import ScalesLike
 from xq.quantizers.wrapper import Wrapper
 
 
@@ -24,7 +23,3 @@ class ChannelFirst(Wrapper):
 
     def leave(self, z: Float[Tensor, "b *grid dim"]) -> Float[Tensor, "b dim *grid"]:
         return z.movedim(-1, 1)
-
-    def with_scales(self, scales: ScalesLike) -> "ChannelFirst":
-        """The same modules at another resolution."""
-        return ChannelFirst(self.quantizer.with_scales(scales))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 def widen(x: Tensor) -> Tensor:
     """`x` in float32, or as it is if it is wider: half a mantissa would flip indices."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def eager(x: Tensor) -> bool:
@@ -22,7 +22,8 @@ def float32_island(device_type: str) -> Any:
     """A context outside autocast and, on CUDA, without TF32."""
     if device_type == "cuda" and not torch.compiler.is_compiling():
         return _full_float32(device_type)
-    if torch.amp.is_autocast_available(device_type):
+    # only where it is on: an exported graph with an autocast region in it cannot be saved
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -1,6 +1,5 @@
 """ProductQuantizer: each part of the channels has a quantizer of its own."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from xq.config import describe
 from xq.quantizers.base import Depth, Losses, Quantized, Quantizer, ScalesLike
 from xq.quantizers.children import check_alike, listed
 from xq.quantizers.replicate import replicate
+from xq.quantizers.sharing import sharing
 from xq.quantizers.shrink import joined
 
 
@@ -50,7 +50,7 @@ class ProductQuantizer(Quantizer):
                 )
             branches, count = given, len(given)
         else:
-            if P is None or P < 1:
+            if not isinstance(P, int) or P < 1:
                 raise ValueError(f"ProductQuantizer needs P branches, 1 or more, got P={P}")
             branches, count = (given if shared else replicate(given[0], P)), P
         self.shared = shared
@@ -61,7 +61,7 @@ class ProductQuantizer(Quantizer):
     def _adopt(self) -> None:
         """Takes over what the branches have in common."""
         branches = self._all_branches()
-        alike = ("codebook_size", "code_shape", "scales", "depth", "step_axis")
+        alike = ("codebook_size", "code_shape", "grids", "depth", "step_axis")
         check_alike("ProductQuantizer", branches, alike)
         child = branches[0]
         self.dims = [branch.dim for branch in branches]
@@ -116,15 +116,13 @@ class ProductQuantizer(Quantizer):
         return [branch.estimators for branch in self._all_branches()]
 
     def with_scales(self, scales: ScalesLike) -> "ProductQuantizer":
-        """The same branches at another resolution.
+        """The same branches, shared, at another resolution.
 
         Raises:
             ValueError: If the branches have no scales, or their number does not fit.
         """
-        new = copy.copy(self)
-        new._modules = dict(self._modules)
-        branches = {id(b): b.with_scales(scales) for b in self.branches}  # pyright: ignore
-        new.branches = nn.ModuleList([branches[id(b)] for b in self.branches])
+        own: list[Any] = list(self.branches)
+        new = sharing(self, branches=nn.ModuleList([b.with_scales(scales) for b in own]))
         new._adopt()
         return new
 

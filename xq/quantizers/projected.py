@@ -5,7 +5,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from xq.quantizers.base import Quantizer, ScalesLike
+from xq.quantizers.base import Quantizer
 from xq.quantizers.wrapper import Wrapper
 
 
@@ -42,12 +42,6 @@ class Projected(Wrapper):
 
     def leave(self, z: Float[Tensor, "*batch inner"]) -> Float[Tensor, "*batch dim"]:
         return self.project_out(z)
-
-    def with_scales(self, scales: ScalesLike) -> "Projected":
-        """The same modules at another resolution."""
-        new = Projected(self.quantizer.with_scales(scales), self.dim)
-        new.project_in, new.project_out = self.project_in, self.project_out
-        return new
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "dim": self.dim}

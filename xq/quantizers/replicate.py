@@ -31,7 +31,8 @@ def replicate(quantizer: Quantizer, count: int) -> list[Quantizer]:
 
 
 def _reset(module: nn.Module) -> None:
-    for part in module.modules():
+    # children first: a parent may have its own way to start them
+    for part in reversed(list(module.modules())):
         reset = getattr(part, "reset_parameters", None)
         if reset is not None:
             reset()

@@ -1,6 +1,5 @@
 """ResidualQuantizer: each step quantizes what the steps before it left."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from xq.quantizers.children import check_alike, listed
 from xq.quantizers.depth import keep_mask
 from xq.quantizers.grids import Flat, Pyramid, Refine, published_scales
 from xq.quantizers.replicate import replicate
+from xq.quantizers.sharing import sharing
 from xq.quantizers.shrink import Shrink, as_factor, power
 
 # as many refinements as VAR and XQ-GAN share among their scales
@@ -76,7 +76,7 @@ class ResidualQuantizer(Quantizer):
     def _adopt(self, steps: list[Quantizer], shrink: float | None) -> None:
         """Takes over what the steps have in common."""
         pyramid = isinstance(self.grid, Pyramid)
-        alike = ["dim", "codebook_size", "code_shape", "scales", "domain", "estimators"]
+        alike = ["dim", "codebook_size", "code_shape", "grids", "domain", "estimators"]
         if shrink is None and not pyramid:
             alike.append("shrink")
         check_alike("ResidualQuantizer", steps, alike)
@@ -153,7 +153,7 @@ class ResidualQuantizer(Quantizer):
         return self._step(0).estimators
 
     def with_scales(self, scales: ScalesLike) -> "ResidualQuantizer":
-        """The same steps and refinements at another resolution.
+        """The same steps and refinements, shared, at another resolution.
 
         Args:
             scales: As many as before, unless all steps share one quantizer.
@@ -173,9 +173,7 @@ class ResidualQuantizer(Quantizer):
         return self._rebuilt(self.grid.with_scales(scales), self._all_steps())
 
     def _rebuilt(self, grid: Flat | Pyramid, steps: list[Quantizer]) -> "ResidualQuantizer":
-        new = copy.copy(self)
-        new._modules = dict(self._modules)
-        new.grid, new.steps = grid, nn.ModuleList(steps)
+        new = sharing(self, grid=grid, steps=nn.ModuleList(steps))
         new.depth = len(grid.scales) or self.depth
         new._adopt(steps, self._given_shrink)
         return new
@@ -202,9 +200,14 @@ class ResidualQuantizer(Quantizer):
         return list(self.steps)  # pyright: ignore[reportReturnType]
 
 
-def _count(multiscale: bool | ScalesLike | Pyramid) -> int | None:
+def _count(multiscale: Any) -> int | None:
     if isinstance(multiscale, bool):
         return None
+    if not isinstance(multiscale, Pyramid | Sequence):
+        raise ValueError(
+            "ResidualQuantizer takes multiscale as True, False, scales such as (1, 2, 4) or a "
+            f"Pyramid, got {multiscale!r}"
+        )
     return len(multiscale.scales if isinstance(multiscale, Pyramid) else multiscale)
 
 
@@ -221,6 +224,11 @@ def _agreed_depth(known: dict[str, int | None]) -> int:
 
 def _grid(multiscale: bool | ScalesLike | Pyramid, depth: int, dim: int) -> Flat | Pyramid:
     if isinstance(multiscale, Pyramid):
+        for refine in multiscale.refine:
+            if refine.dim != dim:
+                raise ValueError(
+                    f"ResidualQuantizer has {dim} channels, its Pyramid a Refine({refine.dim})"
+                )
         return multiscale
     if multiscale is False:
         return Flat()

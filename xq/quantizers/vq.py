@@ -47,10 +47,24 @@ class VQ(Quantizer):
             raise ValueError(f"VQ knows the metrics {METRICS}, got metric={metric!r}")
         self.dim, self.codebook_size = dim, codebook_size
         self.metric, self.normalize = metric, normalize
-        self.codebook = codebook(codebook_size, dim)
+        self.codebook = self._made(codebook)
         self.estimator = estimator
         # unit codes cannot follow a shrinking residual by themselves
         self.shrink = 0.5 if normalize else 1.0
+
+    def _made(self, factory: Any) -> Codebook:
+        if isinstance(factory, Codebook):
+            raise ValueError(
+                f"VQ makes its own codebook, got one: pass {type(factory).__name__}, or "
+                f"partial({type(factory).__name__}, ...) for its options"
+            )
+        book = factory(self.codebook_size, self.dim)
+        if (book.codebook_size, book.dim) != (self.codebook_size, self.dim):
+            raise ValueError(
+                f"VQ asked for a codebook of {self.codebook_size} x {self.dim}, "
+                f"its factory made {book.codebook_size} x {book.dim}"
+            )
+        return book
 
     def bound(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         return F.normalize(x, dim=-1) if self.normalize else x

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from xq.quantizers.base import Depth, Quantized, Quantizer, Scales, ScalesLike
+from xq.quantizers.base import Quantized, Quantizer, Scales, ScalesLike
 from xq.quantizers.precision import Float32, float32_island, widen
+from xq.quantizers.sharing import sharing
 
 
 class Wrapper(Float32, ABC):
@@ -47,7 +48,7 @@ class Wrapper(Float32, ABC):
         return self._inner.dim
 
     @final
-    def forward(self, x: Shaped[Tensor, "..."], depth: Depth = None) -> Quantized:
+    def forward(self, x: Shaped[Tensor, "..."], depth: Any = None) -> Quantized:
         """As `Quantizer.forward`, of the wrapper's own form of input."""
         with float32_island(x.device.type):
             z, indices, losses = self._inner(self._entered(x), depth)
@@ -78,9 +79,9 @@ class Wrapper(Float32, ABC):
                 z = self.leave(z)
             yield z
 
-    @abstractmethod
     def with_scales(self, scales: ScalesLike) -> "Wrapper":
-        """The same modules around the quantizer at another resolution."""
+        """The same modules, shared, around the quantizer at another resolution."""
+        return sharing(self, quantizer=self.quantizer.with_scales(scales))
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as JSON."""

@@ -28,6 +28,19 @@ def test_blocks_of_rows_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(nearest_chunked(x, codes, "euclidean"), whole)
 
 
+def test_more_codes_than_a_block_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, codes = torch.randn(5, 3), torch.randn(8, 3)
+    whole = nearest_chunked(x, codes, "euclidean")
+    monkeypatch.setattr("xq.quantizers.lookup.chunked._SCORES", 1)
+    assert torch.equal(nearest_chunked(x, codes, "euclidean"), whole)
+
+
+@pytest.mark.parametrize("offset", [10.0, 100.0, 1000.0])
+def test_exact_far_from_the_origin(offset: float) -> None:
+    x, codes = torch.randn(500, 8) + offset, torch.randn(64, 8) + offset
+    assert torch.equal(nearest(x, codes), nearest(x, codes, backend="reference"))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_lowest_index_wins_ties(backend: str) -> None:
     codes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])

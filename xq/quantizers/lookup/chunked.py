@@ -14,10 +14,14 @@ def nearest_chunked(
 ) -> Int[Tensor, " n"]:
     """Index of the nearest code, the lowest on ties.
 
-    |x - e|^2 = |x|^2 + 2 (|e|^2 / 2 - x.e), of which the bracket alone depends on the code.
+    |x - e|^2 = |x|^2 + 2 (|e|^2 / 2 - x.e), of which the bracket alone depends on the code. Far
+    from the origin it would lose all digits, so both are taken relative to the codes' mean.
     """
     if metric == "cosine":
         x, codes = F.normalize(x, dim=-1), F.normalize(codes, dim=-1)
+    else:
+        centre = codes.mean(0)
+        x, codes = x - centre, codes - centre
     half_norms = codes.square().sum(-1) / 2
     columns = codes.t()
     rows = max(_SCORES // len(codes), 1)
