@@ -1,0 +1,1 @@
+"""What the examples share; each file is one idea."""
