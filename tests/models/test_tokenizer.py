@@ -199,6 +199,23 @@ def test_with_scales_shares_the_modules():
         linear(VQ(4, 11)).with_scales((1, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_narrow_tokenizer_codes_both_ways(dtype):
+    model = linear(ProductQuantizer(ResidualQuantizer(VQ(4, 16), 2), P=2)).to(dtype).eval()
+    image = pixels().to(dtype)
+    indices = model.encode(image)
+    assert torch.equal(model.decode(indices), model(image).image)
+    assert [part.dtype for part in model.partials(indices)] == [dtype, dtype]
+
+
+def test_a_compiled_part_is_not_written(tmp_path):
+    model = linear(VQ(4, 16))
+    model.encoder = torch.compile(model.encoder, backend="eager")
+    with pytest.raises(TypeError, match=r"a compiled LinearEncoder has no JSON form.*_orig_mod"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_wrapper_gives_the_layout():
     model = Tokenizer(ToChannelFirst(4), ChannelFirst(VQ(4, 11)), FromChannelFirst(4))
     out = model(pixels())
