@@ -47,7 +47,7 @@ def save_strip(
     partials: Sequence[Float[Tensor, "3 h w"]],
     labels: Sequence[tuple[str, str]],
     note: str,
-    side: int = 168,
+    side: int = 116,
 ) -> None:
     """Reconstructions coarse to fine in two rows, then the original, and a line of text.
 
