@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, SupportsIndex, final
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -17,7 +17,7 @@ from xq.quantizers.precision import Float32, float32_island, widen
 
 Scales = tuple[int | tuple[int, int], ...]
 # what callers may write for them: sides or (h, w) pairs, in any sequence
-ScalesLike = Sequence[int | Sequence[int]]
+ScalesLike = Sequence[SupportsIndex | Sequence[SupportsIndex]]
 Depth = int | Shaped[Tensor, " b"] | None
 
 
