@@ -97,10 +97,10 @@ def _check_distinct(items: list[Any] | tuple[Any, ...]) -> None:
         )
 
 
-def _is_codebook(found: Any) -> bool:
-    from xq.quantizers import Codebook
+def _is_codebook(found: type) -> bool:
+    from xq.quantizers.codebook import Codebook
 
-    return isinstance(found, type) and issubclass(found, Codebook)
+    return issubclass(found, Codebook)
 
 
 def _find(name: Any, own: dict[str, Any]) -> Any:

@@ -1,5 +1,7 @@
 """ResidualQuantizer against its recursion written out, values and gradients."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,6 +149,35 @@ def test_an_outer_residual_finds_what_all_inner_steps_leave() -> None:
     assert ResidualQuantizer(LFQ(4), 3).shrink == 0.125
     assert ResidualQuantizer(LFQ(4), multiscale=(1, 2)).shrink == 0.5
     assert ProductQuantizer([LFQ(1), VQ(2, 2)]).shrink == (0.5, 1.0, 1.0)
+
+
+SMOOTH = {
+    "tanh": LFQ(3, bound="tanh"),
+    "sphere": BSQ(3),
+    "residual": ResidualQuantizer(LFQ(3, bound="tanh"), 2),
+    "pyramid": ResidualQuantizer(BSQ(3), multiscale=(1, 2)),
+    "product": ProductQuantizer(ResidualQuantizer(BSQ(3), multiscale=(1, 2)), P=1),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("loss", ["commitment", "regularizer"])
+def test_gradcheck_of_the_losses_towards_the_input(name: str, loss: str) -> None:
+    quantizer = copy.deepcopy(SMOOTH[name]).double()
+    x = torch.randn(2, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: getattr(quantizer(x).losses, loss), x)
+
+
+def test_gradcheck_of_the_codebook_loss_towards_the_refinements() -> None:
+    quantizer = ResidualQuantizer(BSQ(3), multiscale=Pyramid((1, 2), [Refine(3)])).double()
+    x = torch.randn(2, 2, 2, 3, dtype=torch.float64)
+
+    def of_the_convolution(weight: torch.Tensor) -> torch.Tensor:
+        state = {"grid.refine.0.weight": weight}
+        return torch.func.functional_call(quantizer, state, x).losses.codebook
+
+    weight = quantizer.grid.refine[0].weight.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(of_the_convolution, weight)
 
 
 def test_mixed_estimators_are_refused() -> None:

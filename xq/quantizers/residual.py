@@ -14,7 +14,7 @@ from xq.quantizers.depth import keep_mask
 from xq.quantizers.grids import Flat, Pyramid, Refine, published_scales
 from xq.quantizers.replicate import replicate
 from xq.quantizers.sharing import sharing
-from xq.quantizers.shrink import Shrink, as_factor, power
+from xq.quantizers.shrink import Shrink, divided, multiplied, power
 
 # as many refinements as VAR and XQ-GAN share among their scales
 _REFINEMENTS = 4
@@ -105,9 +105,9 @@ class ResidualQuantizer(Quantizer):
         rest, total = u, torch.zeros_like(u)
         indices, fits, regularizers = [], [], []
         for k in range(self.depth):
-            scale = as_factor(power(self.step_shrink, k), u)
-            q = self._step(k).quantize(self.grid.down(rest, k) / scale)
-            update = self.grid.up(q.z * scale, k)
+            scale = power(self.step_shrink, k)
+            q = self._step(k).quantize(divided(self.grid.down(rest, k), scale))
+            update = self.grid.up(multiplied(q.z, scale), k)
             # the residual ignores `keep`: after a dropped step no later one is kept
             rest = rest - update.detach()
             total = total + (update if keep is None else update * expand(keep[k], update))
@@ -131,7 +131,7 @@ class ResidualQuantizer(Quantizer):
         total: Tensor | None = None
         for k, step in enumerate(self.grid.split(indices, len(self._step(0).code_shape))):
             z = self._step(k).dequantize(step)
-            update = self.grid.up(z * as_factor(power(self.step_shrink, k), z), k)
+            update = self.grid.up(multiplied(z, power(self.step_shrink, k)), k)
             # from zero, as in `quantize`, so that even the sign of zeros agrees
             total = (torch.zeros_like(update) if total is None else total) + update
             yield total

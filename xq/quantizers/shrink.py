@@ -23,6 +23,16 @@ def as_factor(scale: Shrink, like: Tensor) -> float | Tensor:
     return scale
 
 
+def divided(x: Tensor, scale: Shrink) -> Tensor:
+    """`x / scale`; `x` itself where that changes nothing, as in every pyramid."""
+    return x if scale == 1 else x / as_factor(scale, x)
+
+
+def multiplied(z: Tensor, scale: Shrink) -> Tensor:
+    """`z * scale`, likewise."""
+    return z if scale == 1 else z * as_factor(scale, z)
+
+
 def joined(shrinks: list[Shrink], dims: list[int]) -> Shrink:
     """The scale of channels side by side: one number where all agree."""
     flat = [

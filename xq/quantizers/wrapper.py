@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from xq.config import describe
 from xq.quantizers.base import Quantized, Quantizer, Scales, ScalesLike
 from xq.quantizers.precision import Float32, float32_island, widen
 from xq.quantizers.sharing import sharing
@@ -85,8 +86,6 @@ class Wrapper(Float32, ABC):
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as JSON."""
-        from xq.config import describe
-
         return {"quantizer": describe(self.quantizer)}
 
     @property
