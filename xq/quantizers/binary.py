@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from xq.quantizers.base import Depth, Quantized, Quantizer, fit
+from xq.quantizers.base import Depth, Losses, Quantized, Quantizer, fit
 from xq.quantizers.bits import MAX_BITS, indices_to_signs, signs_to_indices
 from xq.quantizers.entropy import CodeEntropy, check_group_size, sign_entropy
 
@@ -49,7 +49,7 @@ class _SignQuantizer(Quantizer):
         z = self._codes(signs, u.dtype)
         losses = fit(u, z, learned=False)
         if self.regularize and self.training and torch.is_grad_enabled():
-            losses = losses._replace(regularizer=self.entropy(u).penalty())
+            losses = Losses(losses.commitment, losses.codebook, self.entropy(u).penalty())
         return Quantized(z, signs_to_indices(signs), losses)
 
     def dequantize(self, indices: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:

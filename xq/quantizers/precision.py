@@ -23,7 +23,9 @@ def float32_island(device_type: str) -> Any:
     if device_type == "cuda" and not torch.compiler.is_compiling():
         return _full_float32(device_type)
     # only where it is on: an exported graph with an autocast region in it cannot be saved
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    # (torch 2.6 cannot trace the first question, which only devices without storage need)
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    if available and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -100,7 +100,7 @@ class ResidualQuantizer(Quantizer):
 
     def quantize(self, u: Float[Tensor, "*batch dim"], depth: Depth = None) -> Quantized:
         keep = keep_mask(depth, self.depth, u)
-        learned = next(self.parameters(), None) is not None
+        learned = len(list(self.parameters())) > 0
         # `rest` keeps its gradient to `u` for the leaves' entropy; codes never get one from it
         rest, total = u, torch.zeros_like(u)
         indices, fits, regularizers = [], [], []

@@ -74,7 +74,7 @@ class VQ(Quantizer):
         indices = nearest(u, codes, "cosine" if self.normalize else self.metric)
         z = F.embedding(indices, codes)
         self.codebook.observe(u, indices)
-        learned = next(self.codebook.parameters(), None) is not None
+        learned = len(list(self.codebook.parameters())) > 0
         return Quantized(z, indices, fit(u, z, learned=learned))
 
     def dequantize(self, indices: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
