@@ -1,73 +1,200 @@
 """Which code is nearest: one function, one op, several ways to compute it."""
 
+import importlib.util
 import os
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from xq.quantizers.lookup import faiss
 from xq.quantizers.lookup.chunked import nearest_chunked
 from xq.quantizers.lookup.reference import nearest_reference
+from xq.quantizers.lookup.table import METRICS, Table, prepare
 
-METRICS = ("euclidean", "cosine")
-BACKENDS = {"chunked": nearest_chunked, "reference": nearest_reference}
+__all__ = ["BACKENDS", "METRICS", "Table", "nearest", "prepare"]
+
+BACKENDS = ("chunked", "faiss", "triton", "reference")
+# searches number codes in 32 bits
+_MOST_CODES = 2**31 - 2**10
+# numbers that are copied together of vectors that no view flattens: 8 MiB of float32
+_GATHERED = 1 << 21
 
 
 def nearest(
     x: Shaped[Tensor, "..."],
-    codes: Shaped[Tensor, "..."],
+    codes: Shaped[Tensor, "..."] | Table,
     metric: str = "euclidean",
     *,
     backend: str | None = None,
+    k: int | None = None,
 ) -> Int[Tensor, "..."]:
     """Index of the code nearest to each vector, the lowest on ties. Has no gradient.
 
+    Computed in float32 (float64 for float64), and exact there: where two codes are equally near
+    within rounding, either may be returned. Never holds a score for each vector and code. A code
+    that is not finite is never the nearest; for a vector with NaN the index is 0, for one with an
+    infinity any.
+
     Args:
-        x: Vectors `(*batch, dim)`; the search runs in their precision.
-        codes: `(k, dim)`, at least one, of the dtype and on the device of `x`.
+        x: Vectors `(*batch, dim)`.
+        codes: `(k, dim)`, at least one, of the dtype and on the device of `x`; or what `prepare`
+            made of them.
         metric: "euclidean", or "cosine" for the smallest angle.
-        backend: "chunked" or "reference"; by default the environment's `XQ_LOOKUP`, or else
-            chunked.
+        backend: "chunked" works everywhere, "faiss" on the CPU where faiss-cpu is installed,
+            "triton" on GPUs; "reference" is the definition, for tests. By default the environment's
+            `XQ_LOOKUP`, or else what is fastest for these tensors.
+        k: Adds an axis with the k nearest codes, nearest first.
 
     Raises:
-        ValueError: If an argument does not fit.
+        ValueError: If an argument does not fit, or the backend asked for cannot do it.
     """
-    _check_backend(backend, "backend")
-    if metric not in METRICS:
-        raise ValueError(f"nearest knows the metrics {METRICS}, got {metric!r}")
+    if backend is not None:
+        _check_name("backend", backend)
+    given = codes.codes if isinstance(codes, Table) else codes
+    _check_tensors(x, given)
+    if k is not None and not 1 <= k <= len(given):
+        raise ValueError(f"nearest finds 1 to {len(given)} of {len(given)} codes, got k={k}")
+    if isinstance(codes, Table):
+        if metric not in ("euclidean", codes.metric):
+            raise ValueError(f"nearest got metric={metric!r} and a table for {codes.metric!r}")
+        table = codes
+    else:
+        table = prepare(codes, metric)
+    found = torch.ops.xq.nearest(x.detach(), *table, k or 1, backend or "")
+    return found[..., 0] if k is None else found
+
+
+def _check_tensors(x: Tensor, codes: Tensor) -> None:
     if codes.ndim != 2 or len(codes) == 0 or x.ndim == 0 or x.shape[-1] != codes.shape[1]:
         raise ValueError(
             f"nearest expects x (..., dim) and codes (k >= 1, dim), "
             f"got {tuple(x.shape)} and {tuple(codes.shape)}"
+        )
+    if len(codes) > _MOST_CODES:
+        raise ValueError(
+            f"nearest numbers codes in 32 bits and takes up to {_MOST_CODES}, got {len(codes)}; "
+            "a ProductQuantizer or ResidualQuantizer makes more of fewer"
         )
     if not x.is_floating_point() or x.dtype != codes.dtype or x.device != codes.device:
         raise ValueError(
             f"nearest expects floating-point x and codes alike, got {x.dtype} on {x.device} "
             f"and {codes.dtype} on {codes.device}"
         )
-    flat = x.detach().reshape(-1, x.shape[-1])
-    found = torch.ops.xq.nearest(flat, codes.detach(), metric, backend or "")
-    return found.reshape(x.shape[:-1])
 
 
-def _check_backend(backend: str | None, source: str) -> None:
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"{source}={backend!r} is none of {tuple(BACKENDS)}")
+def _check_name(source: str, name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}={name!r} is none of {BACKENDS}")
 
 
-def _nearest(x: Tensor, codes: Tensor, metric: str, backend: str) -> Tensor:
-    if not backend:
-        backend = os.environ.get("XQ_LOOKUP", "chunked")
-        _check_backend(backend, "XQ_LOOKUP")
-    return BACKENDS[backend](x, codes, metric)
+def _backend_for(x: Tensor, k: int, asked: str) -> str:
+    """The backend asked for, which must be able to, or the fastest."""
+    source, name = ("backend", asked) if asked else ("XQ_LOOKUP", os.environ.get("XQ_LOOKUP", ""))
+    if not name:
+        return _fastest(x, k)
+    _check_name(source, name)
+    reason = _refusal(name, x, k)
+    if reason is not None:
+        raise ValueError(f"{source}={name!r} does not do for this search: {reason}")
+    return name
 
 
-def _nearest_fake(x: Tensor, codes: Tensor, metric: str, backend: str) -> Tensor:
-    return x.new_empty(x.shape[0], dtype=torch.int64)
+def _refusal(name: str, x: Tensor, k: int) -> str | None:
+    """Why this backend cannot search for vectors such as `x`, or None."""
+    if name == "faiss":
+        return faiss.refusal(x)
+    if name == "triton":
+        return _triton_refusal(x, k)
+    return None
+
+
+def _triton_refusal(x: Tensor, k: int) -> str | None:
+    if k > 1:
+        return f"it finds one code, not k={k}"
+    # triton is large: imported only where it could work
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it searches on a GPU, the tensors are on cpu"
+    if not _has_triton():
+        return "it is not installed: pip install triton"
+    from xq.quantizers.lookup import triton
+
+    return triton.refusal(x)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _fastest(x: Tensor, k: int) -> str:
+    if x.device.type != "cpu" and _triton_refusal(x, k) is None:
+        return "triton"
+    if faiss.wins(x.numel() // x.shape[-1], k, x.shape[-1]) and faiss.refusal(x) is None:
+        return "faiss"
+    return "chunked"
+
+
+def _search(
+    x: Tensor, codes: Tensor, metric: str, rows: Tensor, centre: Tensor, k: int, backend: str
+) -> Tensor:
+    table = Table(codes, metric, rows, centre)
+    search = _SEARCHES[_backend_for(x, k, backend)]
+    out = torch.empty(*x.shape[:-1], k, dtype=torch.int64, device=x.device)
+    for part, found in _flat(x, out):
+        found.copy_(search(part, table, k))
+    return out
+
+
+def _nearest_triton(x: Tensor, table: Table, k: int) -> Tensor:
+    from xq.quantizers.lookup.triton import nearest_triton
+
+    return nearest_triton(x, table.rows, table.centre, table.metric == "cosine")[:, None]
+
+
+_SEARCHES: dict[str, Any] = {
+    "chunked": nearest_chunked,
+    "faiss": faiss.nearest_faiss,
+    "triton": _nearest_triton,
+    "reference": nearest_reference,
+}
+
+
+def _flat(x: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of matrices that make up both, without a copy of more than a part of `x`."""
+    if x.ndim > 2 and not _flattens(x) and x[0].numel() > _GATHERED:
+        for part, found in zip(x, out, strict=True):
+            yield from _flat(part, found)
+    elif x.ndim > 2 and not _flattens(x):
+        size = max(_GATHERED // max(x[0].numel(), 1), 1)
+        for part, found in zip(x.split(size), out.split(size), strict=True):
+            yield part.reshape(-1, x.shape[-1]), found.view(-1, out.shape[-1])
+    else:
+        yield x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+
+
+def _flattens(x: Tensor) -> bool:
+    """Whether all axes but the last are one, as strides go."""
+    sizes, strides = x.shape[:-1], x.stride()[:-1]
+    return all(
+        strides[i] == strides[i + 1] * sizes[i + 1] or sizes[i] == 1 for i in range(len(sizes) - 1)
+    )
+
+
+def _search_fake(
+    x: Tensor, codes: Tensor, metric: str, rows: Tensor, centre: Tensor, k: int, backend: str
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], k, dtype=torch.int64)
 
 
 # define and impl, since the first call of a custom_op imports the compiler (two seconds)
 _LIBRARY = torch.library.Library("xq", "DEF")
-_LIBRARY.define("nearest(Tensor x, Tensor codes, str metric, str backend) -> Tensor")
-_LIBRARY.impl("nearest", _nearest, "CompositeExplicitAutograd")
-torch.library.register_fake("xq::nearest", _nearest_fake, lib=_LIBRARY)
+_LIBRARY.define(
+    "nearest(Tensor x, Tensor codes, str metric, Tensor rows, Tensor centre, int k, str backend)"
+    " -> Tensor"
+)
+_LIBRARY.impl("nearest", _search, "CompositeExplicitAutograd")
+torch.library.register_fake("xq::nearest", _search_fake, lib=_LIBRARY)

@@ -1,14 +1,18 @@
 """The definition of `nearest`, to check every other form against."""
 
+import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from xq.quantizers.lookup.table import Table
 
-def nearest_reference(
-    x: Float[Tensor, "n dim"], codes: Float[Tensor, "k dim"], metric: str
-) -> Int[Tensor, " n"]:
-    """Index of the nearest code, the lowest on ties; holds all n * k * dim differences."""
-    if metric == "cosine":
+
+def nearest_reference(x: Shaped[Tensor, "n dim"], table: Table, k: int = 1) -> Int[Tensor, "n {k}"]:
+    """Indices of the k nearest codes; holds all n * k * dim differences."""
+    x, codes = x.to(table.centre.dtype), table.codes.to(table.centre.dtype)
+    if table.metric == "cosine":
         x, codes = F.normalize(x, dim=-1), F.normalize(codes, dim=-1)
-    return (x[:, None] - codes[None]).square().sum(-1).argmin(-1)
+    distances = (x[:, None] - codes[None]).square().sum(-1)
+    # what is not finite is infinitely far
+    return distances.nan_to_num(nan=torch.inf).sort(dim=-1, stable=True).indices[:, :k]

@@ -1,0 +1,85 @@
+"""What every search needs of a codebook, computed once however many vectors look it up."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+METRICS = ("euclidean", "cosine")
+# codes of which a search keeps the smallest score, to look into the best such group once more
+GROUP = 16
+
+
+class Table(NamedTuple):
+    """A codebook made ready for `nearest`; `prepare` makes it.
+
+    |x - e|^2 = |x|^2 + 2 (|e|^2 / 2 - x.e), of which the bracket alone depends on the code: one
+    product of (e, |e|^2 / 2) and (-x, 1). Far from the origin it would lose all digits, so vectors
+    and codes are taken relative to the codes' mean.
+
+    Attributes:
+        codes: The codes as given.
+        metric: See `nearest`.
+        rows: `(k, dim + 1)` and padding on both axes, in float32 or wider: points (with "cosine"
+            normalized) relative to `centre`, then half their squared length. That is infinite for
+            padding and for codes that are not finite, so none is nearest.
+        centre: The mean of the finite codes.
+    """
+
+    codes: Shaped[Tensor, "k dim"]
+    metric: str
+    rows: Float[Tensor, "_ _"]
+    centre: Float[Tensor, " dim"]
+
+
+@torch.no_grad()
+def prepare(codes: Shaped[Tensor, "k dim"], metric: str = "euclidean") -> Table:
+    """What `nearest` takes instead of `codes`, for codes that are looked up repeatedly.
+
+    Saves a few passes over the codes at each lookup. It does not follow later changes of `codes`.
+
+    Raises:
+        ValueError: If `metric` is unknown.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"nearest knows the metrics {METRICS}, got {metric!r}")
+    codes = codes.detach()
+    wide = codes.float() if codes.dtype.itemsize < 4 else codes
+    size, dim = codes.shape
+    rows = _zeros(wide)
+    points, half_norms = rows[:size, :dim], rows[:, dim]
+    lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    finite = lengths < torch.inf
+    points.copy_(wide)
+    if metric == "cosine":
+        points.div_(lengths.clamp(min=1e-12))
+    points.masked_fill_(~finite, 0)
+    centre = points.sum(0) / finite.sum().clamp(min=1)
+    points.sub_(centre)
+    half_norms.fill_(torch.inf)
+    squares = torch.linalg.vector_norm(points, dim=-1).square() / 2
+    half_norms[:size] = squares.masked_fill(~finite[:, 0], torch.inf)
+    return Table(codes, metric, rows, centre)
+
+
+def _zeros(codes: Float[Tensor, "k dim"]) -> Float[Tensor, "_ _"]:
+    size, width = len(codes), codes.shape[1] + 1
+    if codes.device.type == "cpu":
+        return codes.new_zeros(round_up(size, GROUP), width)
+    # a GPU's threads, each with a code of its own, read one channel of adjacent codes at a time
+    return codes.new_zeros(round_up(width, 16), round_up(size, 64)).t()
+
+
+def relative(
+    x: Shaped[Tensor, "n dim"], metric: str, centre: Float[Tensor, " dim"]
+) -> Float[Tensor, "n dim"]:
+    """Vectors in the terms of a table's points."""
+    x = x.to(centre.dtype)
+    return (F.normalize(x, dim=-1) if metric == "cosine" else x) - centre
+
+
+def round_up(n: int, step: int) -> int:
+    """The smallest multiple of `step` that is no less than `n`."""
+    return -(-n // step) * step
