@@ -12,6 +12,7 @@ from torch import Tensor
 
 from xq.quantizers import lookup, nearest
 from xq.quantizers.lookup import Table, chunked, faiss, prepare
+from xq.quantizers.lookup.table import Source
 
 HAS_FAISS = importlib.util.find_spec("faiss") is not None
 needs_faiss = pytest.mark.skipif(not HAS_FAISS, reason="faiss-cpu is not installed")
@@ -188,7 +189,9 @@ def test_a_table_stands_for_its_codes(metric: str) -> None:
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_op_is_registered_as_torch_wants(k: int) -> None:
     x, table = torch.randn(2, 5, 4), prepare(torch.randn(9, 4))
-    torch.library.opcheck(torch.ops.xq.nearest.default, (x, *table, k, ""))
+    torch.library.opcheck(
+        torch.ops.xq.nearest.default, (x, table.codes, "euclidean", table.rows, table.centre, k, "")
+    )
 
 
 @pytest.mark.compile
@@ -278,9 +281,9 @@ def test_faiss_uses_torchs_threads_and_leaves_its_own_setting(
 def test_faiss_is_chosen_where_it_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
 
-    def watched(x: Tensor, table: Table, k: int) -> Tensor:
+    def watched(x: Tensor, source: Source, k: int) -> Tensor:
         chosen.append(len(x))
-        return chunked.nearest_chunked(x, table, k)
+        return chunked.nearest_chunked(x, source.table, k)
 
     monkeypatch.setitem(lookup._SEARCHES, "faiss", watched)
     codes = torch.randn(9, 8)
@@ -292,7 +295,7 @@ def test_faiss_is_chosen_where_it_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_environment_picks_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nines(x: Tensor, table: Table, k: int) -> Tensor:
+    def nines(x: Tensor, source: Source, k: int) -> Tensor:
         return torch.full((len(x), k), 9)
 
     monkeypatch.setitem(lookup._SEARCHES, "reference", nines)

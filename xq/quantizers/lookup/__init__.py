@@ -13,7 +13,7 @@ from torch import Tensor
 from xq.quantizers.lookup import faiss
 from xq.quantizers.lookup.chunked import nearest_chunked
 from xq.quantizers.lookup.reference import nearest_reference
-from xq.quantizers.lookup.table import METRICS, Table, prepare
+from xq.quantizers.lookup.table import METRICS, Source, Table, check_metric, prepare
 
 __all__ = ["BACKENDS", "METRICS", "Table", "nearest", "prepare"]
 
@@ -61,10 +61,13 @@ def nearest(
     if isinstance(codes, Table):
         if metric not in ("euclidean", codes.metric):
             raise ValueError(f"nearest got metric={metric!r} and a table for {codes.metric!r}")
-        table = codes
+        rows, centre, metric = codes.rows, codes.centre, codes.metric
     else:
-        table = prepare(codes, metric)
-    found = torch.ops.xq.nearest(x.detach(), *table, k or 1, backend or "")
+        rows, centre = None, None
+        check_metric(metric)
+    found = torch.ops.xq.nearest(
+        x.detach(), given.detach(), metric, rows, centre, k or 1, backend or ""
+    )
     return found[..., 0] if k is None else found
 
 
@@ -139,41 +142,52 @@ def _fastest(x: Tensor, k: int) -> str:
 
 
 def _search(
-    x: Tensor, codes: Tensor, metric: str, rows: Tensor, centre: Tensor, k: int, backend: str
+    x: Tensor,
+    codes: Tensor,
+    metric: str,
+    rows: Tensor | None,
+    centre: Tensor | None,
+    k: int,
+    backend: str,
 ) -> Tensor:
-    table = Table(codes, metric, rows, centre)
     search = _SEARCHES[_backend_for(x, k, backend)]
+    source = Source(codes, metric, rows, centre)
+    if x.ndim < 3 or _flattens(x):
+        return search(x.reshape(-1, x.shape[-1]), source, k).view(*x.shape[:-1], k)
     out = torch.empty(*x.shape[:-1], k, dtype=torch.int64, device=x.device)
-    for part, found in _flat(x, out):
-        found.copy_(search(part, table, k))
+    for part, found in _flat_parts(x, out):
+        found.copy_(search(part, source, k))
     return out
 
 
-def _nearest_triton(x: Tensor, table: Table, k: int) -> Tensor:
+def _nearest_chunked(x: Tensor, source: Source, k: int) -> Tensor:
+    return nearest_chunked(x, source.table, k)
+
+
+def _nearest_triton(x: Tensor, source: Source, k: int) -> Tensor:
     from xq.quantizers.lookup.triton import nearest_triton
 
-    return nearest_triton(x, table.rows, table.centre, table.metric == "cosine")[:, None]
+    rows, centre = source.table.rows, source.table.centre
+    return nearest_triton(x, rows, centre, source.metric == "cosine")[:, None]
 
 
 _SEARCHES: dict[str, Any] = {
-    "chunked": nearest_chunked,
+    "chunked": _nearest_chunked,
     "faiss": faiss.nearest_faiss,
     "triton": _nearest_triton,
     "reference": nearest_reference,
 }
 
 
-def _flat(x: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _flat_parts(x: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of matrices that make up both, without a copy of more than a part of `x`."""
-    if x.ndim > 2 and not _flattens(x) and x[0].numel() > _GATHERED:
+    if x.ndim > 2 and x[0].numel() > _GATHERED:
         for part, found in zip(x, out, strict=True):
-            yield from _flat(part, found)
-    elif x.ndim > 2 and not _flattens(x):
+            yield from _flat_parts(part, found)
+    else:
         size = max(_GATHERED // max(x[0].numel(), 1), 1)
         for part, found in zip(x.split(size), out.split(size), strict=True):
             yield part.reshape(-1, x.shape[-1]), found.view(-1, out.shape[-1])
-    else:
-        yield x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
 
 
 def _flattens(x: Tensor) -> bool:
@@ -185,7 +199,13 @@ def _flattens(x: Tensor) -> bool:
 
 
 def _search_fake(
-    x: Tensor, codes: Tensor, metric: str, rows: Tensor, centre: Tensor, k: int, backend: str
+    x: Tensor,
+    codes: Tensor,
+    metric: str,
+    rows: Tensor | None,
+    centre: Tensor | None,
+    k: int,
+    backend: str,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], k, dtype=torch.int64)
 
@@ -193,7 +213,7 @@ def _search_fake(
 # define and impl, since the first call of a custom_op imports the compiler (two seconds)
 _LIBRARY = torch.library.Library("xq", "DEF")
 _LIBRARY.define(
-    "nearest(Tensor x, Tensor codes, str metric, Tensor rows, Tensor centre, int k, str backend)"
+    "nearest(Tensor x, Tensor codes, str metric, Tensor? rows, Tensor? centre, int k, str backend)"
     " -> Tensor"
 )
 _LIBRARY.impl("nearest", _search, "CompositeExplicitAutograd")

@@ -17,6 +17,8 @@ _SCORES, _SCORES_GPU = 1 << 19, 1 << 21
 _FEWEST, _MOST = 256, 1024
 # numbers in flight that are kept of each group, or copied to look into groups: 4 MiB of float32
 _KEPT = 1 << 20
+# so few scores are not worth a second look
+_LITTLE = 1 << 16
 # rows among which the smallest is found in one go
 _LEVEL = 32
 
@@ -57,8 +59,8 @@ class _Search:
         columns = _view(self.columns, self.rows.shape[1], len(x))
         torch.neg(x.t(), out=columns[:-1])
         columns[-1] = 1
-        if self.k * GROUP >= len(self.rows):
-            out.copy_(_smallest(torch.mm(self.rows, columns).t(), self.k))
+        if self.k * GROUP >= len(self.rows) or len(x) * len(self.rows) <= _LITTLE:
+            out.copy_(_smallest(torch.mm(columns.t(), self.rows.t()), self.k))
         elif self.k == 1 and self.codes == len(self.rows):
             out[:, 0] = _first_minimum(self._product(self.rows, columns))
         else:

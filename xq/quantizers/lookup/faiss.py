@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from xq.quantizers.lookup.chunked import nearest_chunked
-from xq.quantizers.lookup.table import Table, relative
+from xq.quantizers.lookup.table import Source, relative
 
 # faiss (1.15) has a fast kernel for this many numbers or more, and one that is ten times slower
 _FAST = 1 << 17
@@ -50,23 +50,42 @@ def wins(n: int, k: int, dim: int) -> bool:
 
 
 def _advantage(dim: int) -> int:
-    """How many times longer torch takes than the fast kernel: so much padding pays."""
-    return 4 if dim <= 8 else 2 if dim <= 16 else 1
+    """How many times longer torch takes than the fast kernel: as much padding pays."""
+    return 6 if dim <= 8 else 4 if dim <= 16 else 2 if dim <= 32 else 1
 
 
-def nearest_faiss(x: Shaped[Tensor, "n dim"], table: Table, k: int = 1) -> Int[Tensor, "n {k}"]:
+def nearest_faiss(x: Shaped[Tensor, "n dim"], source: Source, k: int) -> Int[Tensor, "n {k}"]:
     """Indices of the k nearest codes, nearest first, the lower of two equal codes."""
-    size, dim = table.codes.shape
-    if not table.rows[:size, dim].isfinite().all():
-        # faiss knows no code that is infinitely far
-        return nearest_chunked(x, table, k)
-    # zero added, since -0.0 and 0.0 are equal codes of unequal bits
-    points = table.rows[:size, :dim] + 0.0
-    out = torch.empty(len(x), k, dtype=torch.int64)
-    parts = max(-(-x.numel() // _BLOCK), 1)
-    for part, found in zip(x.tensor_split(parts), out.tensor_split(parts), strict=True):
-        found.copy_(_search(relative(part, table.metric, table.centre), points, k))
+    codes = _points(source)
+    if codes is None:
+        return nearest_chunked(x, source.table, k)
+    points, centre = codes
+    found = [
+        _search(_relative(part, source.metric, centre), points, k)
+        for part in x.tensor_split(max(-(-x.numel() // _BLOCK), 1))
+    ]
+    out = torch.cat(found) if len(found) > 1 else found[0]
     return _lowest_of_equals(out, points) if k == 1 else out
+
+
+def _relative(x: Tensor, metric: str, centre: Tensor | None) -> Float[Tensor, "n dim"]:
+    return x.float() if centre is None else relative(x, metric, centre)
+
+
+def _points(source: Source) -> tuple[Tensor, Tensor | None] | None:
+    """The codes, and what they are relative to; None if some are not finite.
+
+    faiss knows no code that is infinitely far.
+    """
+    if not source.is_ready and source.metric == "euclidean":
+        codes = source.codes.float().contiguous()
+        power = torch.linalg.vector_norm(codes).square() / len(codes)
+        # around the origin already, so that no digits are lost; false for what is not finite
+        if codes.mean(0).square().sum() <= power / 4:
+            return codes, None
+    size, dim = source.codes.shape
+    rows, centre = source.table.rows[:size], source.table.centre
+    return (rows[:, :dim].contiguous(), centre) if rows[:, dim].isfinite().all() else None
 
 
 def _search(x: Float[Tensor, "n dim"], points: Float[Tensor, "k dim"], k: int) -> Tensor:
@@ -74,7 +93,7 @@ def _search(x: Float[Tensor, "n dim"], points: Float[Tensor, "k dim"], k: int) -
 
     n, dim = x.shape
     wanted = -(-_FAST // dim)
-    if k == 1 and wanted > n and wins(n, k, dim):
+    if n < wanted and wins(n, k, dim):
         x = torch.cat([x, x.new_zeros(wanted - n, dim)])
     engine: Any = faiss
     threads = engine.omp_get_max_threads()
@@ -91,14 +110,26 @@ def _lowest_of_equals(
     found: Int[Tensor, "n 1"], points: Float[Tensor, "k dim"]
 ) -> Int[Tensor, "n 1"]:
     """Of several equal codes faiss takes any one; this is the first."""
-    numbers, order = _fingerprints(points).sort(stable=True)
-    begins = torch.ones(len(points), dtype=torch.bool)
-    torch.ne(numbers[1:], numbers[:-1], out=begins[1:])
-    if begins.all():
+    # equal codes are equally long, and few others are
+    doubtful = _first_of_equals(torch.linalg.vector_norm(points, dim=-1))
+    places = torch.arange(len(points))
+    moved = (doubtful != places).nonzero()[:, 0]
+    if len(moved) == 0:
         return found
+    group = torch.cat([doubtful[moved], moved]).unique()
+    # zero added, since -0.0 and 0.0 are equal of unequal bits
+    places[group] = group[_first_of_equals(_fingerprints(points[group] + 0.0))]
+    return places[found]
+
+
+def _first_of_equals(keys: Shaped[Tensor, " k"]) -> Int[Tensor, " k"]:
+    """For each key the place of the first that equals it."""
+    ordered, order = keys.sort(stable=True)
+    begins = torch.ones(len(keys), dtype=torch.bool)
+    torch.ne(ordered[1:], ordered[:-1], out=begins[1:])
     first = torch.empty_like(order)
     first[order] = order[begins][begins.cumsum(0) - 1]
-    return first[found]
+    return first
 
 
 def _fingerprints(points: Float[Tensor, "k dim"]) -> Int[Tensor, " k"]:

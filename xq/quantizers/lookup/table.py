@@ -43,8 +43,7 @@ def prepare(codes: Shaped[Tensor, "k dim"], metric: str = "euclidean") -> Table:
     Raises:
         ValueError: If `metric` is unknown.
     """
-    if metric not in METRICS:
-        raise ValueError(f"nearest knows the metrics {METRICS}, got {metric!r}")
+    check_metric(metric)
     codes = codes.detach()
     wide = codes.float() if codes.dtype.itemsize < 4 else codes
     size, dim = codes.shape
@@ -70,6 +69,35 @@ def _zeros(codes: Float[Tensor, "k dim"]) -> Float[Tensor, "_ _"]:
         return codes.new_zeros(round_up(size, GROUP), width)
     # a GPU's threads, each with a code of its own, read one channel of adjacent codes at a time
     return codes.new_zeros(round_up(width, 16), round_up(size, 64)).t()
+
+
+class Source:
+    """Codes for a search, made ready where one asks for it."""
+
+    def __init__(
+        self, codes: Tensor, metric: str, rows: Tensor | None = None, centre: Tensor | None = None
+    ) -> None:
+        self.codes, self.metric = codes, metric
+        self._table = None
+        if rows is not None and centre is not None:
+            self._table = Table(codes, metric, rows, centre)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `table` costs nothing."""
+        return self._table is not None
+
+    @property
+    def table(self) -> Table:
+        if self._table is None:
+            self._table = prepare(self.codes, self.metric)
+        return self._table
+
+
+def check_metric(metric: str) -> None:
+    """Raises a `ValueError` for an unknown metric."""
+    if metric not in METRICS:
+        raise ValueError(f"nearest knows the metrics {METRICS}, got {metric!r}")
 
 
 def relative(
