@@ -32,7 +32,7 @@ def nearest(
     backend: str | None = None,
     k: int | None = None,
 ) -> Int[Tensor, "..."]:
-    """Index of the code nearest to each vector, the lowest on ties. Has no gradient.
+    """Index of the code nearest to each vector, the first of equal ones. Has no gradient.
 
     Computed in float32 (float64 for float64), and exact there: where two codes are equally near
     within rounding, either may be returned. Never holds a score for each vector and code. A code

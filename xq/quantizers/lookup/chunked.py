@@ -17,6 +17,8 @@ _SCORES, _SCORES_GPU = 1 << 19, 1 << 21
 _FEWEST, _MOST = 256, 1024
 # numbers in flight that are kept of each group, or copied to look into groups: 4 MiB of float32
 _KEPT = 1 << 20
+# codes, for each that is wanted, of which all scores are compared: groups would save nothing
+_WHOLE = 512
 # so few scores are not worth a second look
 _LITTLE = 1 << 16
 # rows among which the smallest is found in one go
@@ -24,20 +26,15 @@ _LEVEL = 32
 
 
 def nearest_chunked(x: Shaped[Tensor, "n dim"], table: Table, k: int = 1) -> Int[Tensor, "n {k}"]:
-    """Indices of the k nearest codes, nearest first, the lower of two that tie.
+    """Indices of the k nearest codes, nearest first; of one the lower of two that tie.
 
     Takes under 32 MiB beyond the table and the result.
     """
     out = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     if len(x) == 0:
         return out
-    rows = table.rows[:, : x.shape[1] + 1]
-    scores = _SCORES if x.device.type == "cpu" else _SCORES_GPU
-    block = min(max(scores // len(rows), _FEWEST), _MOST, len(x))
-    block = min(block, _KEPT * GROUP // len(rows), _KEPT // (k * GROUP * rows.shape[1]))
-    block = max(block, 1)
-    search = _Search(rows, block, k, scores)
-    for part, found in zip(x.split(block), out.split(block), strict=True):
+    search = _Search(table.rows[:, : x.shape[1] + 1], k, len(x))
+    for part, found in zip(x.split(search.block), out.split(search.block), strict=True):
         search(relative(part, table.metric, table.centre), found)
     # only a vector that is not finite can have met the padding
     return out.clamp_(max=len(table.codes) - 1)
@@ -46,20 +43,27 @@ def nearest_chunked(x: Shaped[Tensor, "n dim"], table: Table, k: int = 1) -> Int
 class _Search:
     """Searches blocks of vectors one after the other, in the same memory."""
 
-    def __init__(
-        self, rows: Float[Tensor, "padded width"], block: int, k: int, scores: int
-    ) -> None:
+    def __init__(self, rows: Float[Tensor, "padded width"], k: int, length: int) -> None:
         self.rows, self.k = rows, k
-        self.codes = min(max(scores // block // GROUP, 1) * GROUP, len(rows))
-        self.columns = rows.new_empty(rows.shape[1] * block)
-        self.scores = rows.new_empty(self.codes * block)
-        self.minima = rows.new_empty(len(rows) // GROUP * block)
+        padded, width = rows.shape
+        scores = _SCORES if rows.device.type == "cpu" else _SCORES_GPU
+        self.whole = k > 1 and padded <= k * _WHOLE
+        if self.whole:
+            block = _KEPT // padded
+        else:
+            block = min(max(scores // padded, _FEWEST), _MOST)
+            block = min(block, _KEPT * GROUP // padded, _KEPT // (k * GROUP * width))
+        self.block = max(min(block, length), 1)
+        self.codes = min(max(scores // self.block // GROUP, 1) * GROUP, padded)
+        self.columns = rows.new_empty(width * self.block)
+        self.scores = rows.new_empty(self.codes * self.block)
+        self.minima = rows.new_empty(padded // GROUP * self.block)
 
     def __call__(self, x: Float[Tensor, "n dim"], out: Int[Tensor, "n {self.k}"]) -> None:
         columns = _view(self.columns, self.rows.shape[1], len(x))
         torch.neg(x.t(), out=columns[:-1])
         columns[-1] = 1
-        if self.k * GROUP >= len(self.rows) or len(x) * len(self.rows) <= _LITTLE:
+        if self.whole or len(x) * len(self.rows) <= _LITTLE:
             out.copy_(_smallest(torch.mm(columns.t(), self.rows.t()), self.k))
         elif self.k == 1 and self.codes == len(self.rows):
             out[:, 0] = _first_minimum(self._product(self.rows, columns))
@@ -77,7 +81,7 @@ class _Search:
         if self.k == 1:
             groups = _first_minimum(minima)[:, None]
         else:
-            groups = minima.t().topk(self.k, largest=False).indices.sort().values
+            groups = minima.t().topk(self.k, largest=False, sorted=False).indices
         near = self.rows.unflatten(0, (-1, GROUP)).index_select(0, groups.flatten())
         near = near.reshape(len(groups), self.k * GROUP, -1)
         scores = torch.bmm(near, columns.t()[..., None])[..., 0]
@@ -95,7 +99,7 @@ def _view(buffer: Tensor, rows: int, columns: int) -> Tensor:
 def _smallest(scores: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n {k}"]:
     if k == 1:
         return scores.argmin(-1, keepdim=True)
-    return scores.sort(dim=-1, stable=True).indices[:, :k]
+    return scores.topk(k, largest=False).indices
 
 
 def _first_minimum(scores: Float[Tensor, "m n"]) -> Int[Tensor, " n"]:

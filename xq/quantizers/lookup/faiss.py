@@ -5,6 +5,7 @@ import importlib.util
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
@@ -46,7 +47,7 @@ def refusal(x: Shaped[Tensor, "*batch dim"]) -> str | None:
 
 def wins(n: int, k: int, dim: int) -> bool:
     """Whether it is the faster choice for n vectors of length dim and k of their nearest codes."""
-    return k == 1 and n * dim * _advantage(dim) >= _FAST
+    return n * dim * (_advantage(dim) if k == 1 else 1) >= _FAST
 
 
 def _advantage(dim: int) -> int:
@@ -79,13 +80,18 @@ def _points(source: Source) -> tuple[Tensor, Tensor | None] | None:
     """
     if not source.is_ready and source.metric == "euclidean":
         codes = source.codes.float().contiguous()
-        power = torch.linalg.vector_norm(codes).square() / len(codes)
         # around the origin already, so that no digits are lost; false for what is not finite
-        if codes.mean(0).square().sum() <= power / 4:
+        if _power(codes.numpy().mean(0)) <= _power(codes.numpy()) / len(codes) / 4:
             return codes, None
     size, dim = source.codes.shape
     rows, centre = source.table.rows[:size], source.table.centre
     return (rows[:, :dim].contiguous(), centre) if rows[:, dim].isfinite().all() else None
+
+
+def _power(array: np.ndarray) -> float:
+    # numpy has no threads, which would still wait for more work when those of faiss start
+    with np.errstate(all="ignore"):
+        return float(np.einsum("i,i->", array.ravel(), array.ravel()))
 
 
 def _search(x: Float[Tensor, "n dim"], points: Float[Tensor, "k dim"], k: int) -> Tensor:
@@ -111,7 +117,8 @@ def _lowest_of_equals(
 ) -> Int[Tensor, "n 1"]:
     """Of several equal codes faiss takes any one; this is the first."""
     # equal codes are equally long, and few others are
-    doubtful = _first_of_equals(torch.linalg.vector_norm(points, dim=-1))
+    array = points.numpy()
+    doubtful = _first_of_equals(torch.from_numpy(np.einsum("ki,ki->k", array, array)))
     places = torch.arange(len(points))
     moved = (doubtful != places).nonzero()[:, 0]
     if len(moved) == 0:
