@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test clean
+.PHONY: help demo test bench clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -17,6 +17,14 @@ test: .venv/installed-dev ## lint, check types, run every test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest --jaxtyping-packages=xq,beartype.beartype -m "not compile"
 	$(BIN)/pytest -m compile
+
+bench: .venv/installed-bench ## time xq beside other libraries, 15 minutes
+	$(BIN)/python -m benchmarks.lookup
+	$(BIN)/python -m benchmarks.entropy
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.trees
+	$(BIN)/python -m benchmarks.imports
+	$(BIN)/python -m benchmarks.report
 
 clean: ## remove .venv, builds and caches; runs/ stays
 	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""xq beside other libraries, timed in the same process: `python -m benchmarks.lookup` and so on."""
