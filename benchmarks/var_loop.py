@@ -82,6 +82,8 @@ class _Branch(nn.Module):
             step = self.codes.embed(found).view(-1, h, w, f.shape[1]).permute(0, 3, 1, 2)
             if k < last:
                 step = F.interpolate(step, self.sizes[-1], mode="bicubic")
+            # those codes keep all maps channel-first in memory
+            step = step.contiguous()
             if self.refine:
                 conv, ratio = self.refine[self.shared[k]], self.ratios[self.shared[k]]
                 step = step * (1 - ratio) + conv(step) * ratio

@@ -65,8 +65,11 @@ def sign_entropy(logits: Float[Tensor, "*batch dim"], group_size: int | None = N
     sums = [_code_mass(group) for group in logits.split(size, dim=-1)]
     mass = sum_over_processes(torch.cat([*sums, tokens[None]]))
     mean, tokens = mass[:-1] / mass[-1].clamp(min=1), mass[-1]
-    # a code without mass adds nothing; the floor keeps its logarithm, so its gradient, finite
-    batch = -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
+    # as a divergence from even use, whose terms and gradients vanish there instead of cancelling; a
+    # code without mass adds no logarithm, whose floor keeps its gradient finite
+    even = 2.0**-size
+    surplus = (mean / even).clamp(min=torch.finfo(mean.dtype).tiny).log()
+    batch = maximum - (mean * surplus - mean + even).sum()
     # no tokens anywhere: nothing to regularize, still connected to the graph
     return CodeEntropy(per_token, batch.where(tokens > 0, maximum), maximum)
 
