@@ -110,7 +110,9 @@ def test_exact_far_from_the_origin(backend: str | None, offset: float) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("copies", [2, 5])
-@pytest.mark.parametrize(("n", "k", "dim"), [(50, 3, 2), (17000, 13, 8), (2100, 50, 64)])
+@pytest.mark.parametrize(
+    ("n", "k", "dim"), [(50, 3, 2), (17000, 13, 8), (7800, 31, 17), (2100, 50, 64)]
+)
 def test_the_first_of_equal_codes_wins(
     backend: str | None, copies: int, n: int, k: int, dim: int
 ) -> None:

@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,43 +55,56 @@ def _advantage(dim: int) -> int:
     return 6 if dim <= 8 else 4 if dim <= 16 else 2 if dim <= 32 else 1
 
 
+class _Points(NamedTuple):
+    """Codes as faiss takes them."""
+
+    codes: Float[Tensor, "k dim"]
+    # squared; with numpy, which has no threads: torch's would still wait for more work, and be in
+    # the way, when those of faiss start
+    lengths: np.ndarray
+    # what the codes are relative to, if not to the origin
+    centre: Float[Tensor, " dim"] | None
+
+
 def nearest_faiss(x: Shaped[Tensor, "n dim"], source: Source, k: int) -> Int[Tensor, "n {k}"]:
-    """Indices of the k nearest codes, nearest first, the lower of two equal codes."""
-    codes = _points(source)
-    if codes is None:
+    """Indices of the k nearest codes, nearest first; of one the first of codes that are equal."""
+    points = _points(source)
+    if points is None:
         return nearest_chunked(x, source.table, k)
-    points, centre = codes
     found = [
-        _search(_relative(part, source.metric, centre), points, k)
+        _search(_relative(part, source.metric, points.centre), points.codes, k)
         for part in x.tensor_split(max(-(-x.numel() // _BLOCK), 1))
     ]
     out = torch.cat(found) if len(found) > 1 else found[0]
-    return _lowest_of_equals(out, points) if k == 1 else out
+    return _first_of_equals(out, points) if k == 1 else out
 
 
-def _relative(x: Tensor, metric: str, centre: Tensor | None) -> Float[Tensor, "n dim"]:
+def _relative(
+    x: Shaped[Tensor, "n dim"], metric: str, centre: Tensor | None
+) -> Float[Tensor, "n dim"]:
     return x.float() if centre is None else relative(x, metric, centre)
 
 
-def _points(source: Source) -> tuple[Tensor, Tensor | None] | None:
-    """The codes, and what they are relative to; None if some are not finite.
-
-    faiss knows no code that is infinitely far.
-    """
+def _points(source: Source) -> _Points | None:
+    """The codes made ready; None if some are not finite: to faiss none is infinitely far."""
     if not source.is_ready and source.metric == "euclidean":
         codes = source.codes.float().contiguous()
-        # around the origin already, so that no digits are lost; false for what is not finite
-        if _power(codes.numpy().mean(0)) <= _power(codes.numpy()) / len(codes) / 4:
-            return codes, None
+        with np.errstate(all="ignore"):
+            lengths = _squared_lengths(codes)
+            middle = np.einsum("ki->i", codes.numpy()) / len(codes)
+            # around the origin already, so that no digits are lost; false for what is not finite
+            if middle @ middle <= lengths.mean() / 4:
+                return _Points(codes, lengths, None)
     size, dim = source.codes.shape
-    rows, centre = source.table.rows[:size], source.table.centre
-    return (rows[:, :dim].contiguous(), centre) if rows[:, dim].isfinite().all() else None
+    rows = source.table.rows[:size]
+    if not rows[:, dim].isfinite().all():
+        return None
+    codes = rows[:, :dim].contiguous()
+    return _Points(codes, _squared_lengths(codes), source.table.centre)
 
 
-def _power(array: np.ndarray) -> float:
-    # numpy has no threads, which would still wait for more work when those of faiss start
-    with np.errstate(all="ignore"):
-        return float(np.einsum("i,i->", array.ravel(), array.ravel()))
+def _squared_lengths(codes: Float[Tensor, "k dim"]) -> np.ndarray:
+    return np.einsum("ki,ki->k", codes.numpy(), codes.numpy())
 
 
 def _search(x: Float[Tensor, "n dim"], points: Float[Tensor, "k dim"], k: int) -> Tensor:
@@ -112,35 +125,28 @@ def _search(x: Float[Tensor, "n dim"], points: Float[Tensor, "k dim"], k: int) -
     return torch.from_numpy(found[:n]).clamp_(min=0)
 
 
-def _lowest_of_equals(
-    found: Int[Tensor, "n 1"], points: Float[Tensor, "k dim"]
-) -> Int[Tensor, "n 1"]:
+def _first_of_equals(found: Int[Tensor, "n 1"], points: _Points) -> Int[Tensor, "n 1"]:
     """Of several equal codes faiss takes any one; this is the first."""
     # equal codes are equally long, and few others are
-    array = points.numpy()
-    doubtful = _first_of_equals(torch.from_numpy(np.einsum("ki,ki->k", array, array)))
-    places = torch.arange(len(points))
-    moved = (doubtful != places).nonzero()[:, 0]
-    if len(moved) == 0:
+    codes, lengths = points.codes.numpy(), points.lengths
+    ordered = np.sort(lengths)
+    shared = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(shared) == 0:
         return found
-    group = torch.cat([doubtful[moved], moved]).unique()
-    # zero added, since -0.0 and 0.0 are equal of unequal bits
-    places[group] = group[_first_of_equals(_fingerprints(points[group] + 0.0))]
-    return places[found]
+    below = np.searchsorted(shared, lengths).clip(max=len(shared) - 1)
+    doubtful = np.flatnonzero(shared[below] == lengths)
+    _, first, which = np.unique(
+        _fingerprints(codes[doubtful]), return_index=True, return_inverse=True
+    )
+    if len(first) == len(doubtful):
+        return found
+    places = np.arange(len(codes))
+    places[doubtful] = doubtful[first[which]]
+    return torch.from_numpy(places[found.numpy()])
 
 
-def _first_of_equals(keys: Shaped[Tensor, " k"]) -> Int[Tensor, " k"]:
-    """For each key the place of the first that equals it."""
-    ordered, order = keys.sort(stable=True)
-    begins = torch.ones(len(keys), dtype=torch.bool)
-    torch.ne(ordered[1:], ordered[:-1], out=begins[1:])
-    first = torch.empty_like(order)
-    first[order] = order[begins][begins.cumsum(0) - 1]
-    return first
-
-
-def _fingerprints(points: Float[Tensor, "k dim"]) -> Int[Tensor, " k"]:
+def _fingerprints(codes: np.ndarray) -> np.ndarray:
     """64 bits a row: alike for equal rows, and by chance for one codebook of 2^20 in 2^25."""
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**63), 2**63 - 1, (points.shape[1],), generator=generator)
-    return (points.view(torch.int32) * factors).sum(-1)
+    factors = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, codes.shape[1])
+    # zero added, since -0.0 and 0.0 are equal but for their bits
+    return (codes + 0.0).view(np.int32) @ factors
