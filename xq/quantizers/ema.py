@@ -69,10 +69,9 @@ class EMACodebook(Codebook):
             indices = indices.reshape(-1)
             vectors = u.reshape(-1, self.dim).to(self.pending_total.dtype)
             # one NaN, such as mixed precision makes now and then, would stay in the averages
-            finite = vectors.isfinite().all(-1, keepdim=True)
-            hits = torch.bincount(indices, finite[:, 0].to(vectors.dtype), self.codebook_size)
-            self.pending_count.add_(hits)
-            self.pending_total.index_add_(0, indices, vectors.where(finite, 0.0))
+            finite = vectors.isfinite().all(-1)
+            self.pending_count.index_add_(0, indices, finite.to(vectors.dtype))
+            self.pending_total.index_add_(0, indices, vectors.where(finite[:, None], 0.0))
 
     def pending(self) -> list[Tensor]:
         return [self.pending_count, self.pending_total]
@@ -81,9 +80,9 @@ class EMACodebook(Codebook):
     def fold(self) -> None:
         # nothing observed, nothing forgotten; asked of the sums, which all processes share
         observed = self.pending_count.sum() > 0
-        kept = torch.where(observed, self.decay, 1.0)
-        self.count.mul_(kept).add_(self.pending_count, alpha=1 - self.decay)
-        self.total.mul_(kept).add_(self.pending_total, alpha=1 - self.decay)
+        share = torch.where(observed, 1 - self.decay, 0.0).to(self.count.dtype)
+        self.count.lerp_(self.pending_count, share)
+        self.total.lerp_(self.pending_total, share)
 
     def _load_from_state_dict(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super()._load_from_state_dict(*args)
