@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, SupportsIndex, final
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.utils import _pytree
@@ -13,6 +14,7 @@ from torch.utils import _pytree
 from xq.quantizers.checks import check_finite, check_input, checked_depth, checked_indices
 from xq.quantizers.codebook import finish_learning, start_learning
 from xq.quantizers.estimators import straight_through
+from xq.quantizers.memo import one_call
 from xq.quantizers.precision import Float32, float32_island, widen
 
 Scales = tuple[int | tuple[int, int], ...]
@@ -78,14 +80,26 @@ def fit(
         keep: Samples (first axis) that count; all by default. Means run over these alone.
         learned: Whether any parameter shapes `z`; if not, the codebook term is zero.
     """
-    zero = u.new_zeros(())
-    to_code, to_input = (u - z.detach()).square(), (z - u.detach()).square() if learned else zero
+    zero, weight = u.new_zeros(()), sample_weight(u, keep)
+    elements: Any = max(u.numel(), 1)
+    to_code = squared_distance(u, z.detach(), weight) / elements
+    to_input = squared_distance(z, u.detach(), weight) / elements if learned else zero
+    return Losses(to_code, to_input, zero)
+
+
+def sample_weight(u: Tensor, keep: Tensor | None) -> Tensor | None:
+    """What turns a mean over all samples into one over those kept; None for all."""
     if keep is None:
-        elements: Any = max(u.numel(), 1)
-        return Losses(to_code.sum() / elements, to_input.sum() / elements, zero)
-    mask = expand(keep, u).to(u.dtype)
-    elements = mask.sum().clamp(min=1) * math.prod(u.shape[1:])
-    return Losses((mask * to_code).sum() / elements, (mask * to_input).sum() / elements, zero)
+        return None
+    keep = keep.to(u.dtype)
+    return expand(keep * (len(keep) / keep.sum().clamp(min=1)), u)
+
+
+def squared_distance(a: Tensor, b: Tensor, weight: Tensor | None) -> Float[Tensor, ""]:
+    """The sum over all elements, weighted by sample."""
+    if weight is None:
+        return F.mse_loss(a, b, reduction="sum")
+    return (weight * F.mse_loss(a, b, reduction="none")).sum()
 
 
 def expand(
@@ -98,6 +112,11 @@ def expand(
 def as_grids(scales: Scales) -> tuple[tuple[int, int], ...]:
     """Sides and `(h, w)` pairs, all as pairs."""
     return tuple((s, s) if isinstance(s, int) else s for s in scales)
+
+
+def _classes_up(cls: type, name: str) -> int:
+    """How many classes up `name` is defined."""
+    return next(i for i, base in enumerate(cls.__mro__) if name in vars(base))
 
 
 class Quantizer(Float32, ABC):
@@ -128,9 +147,23 @@ class Quantizer(Float32, ABC):
     step_axis: int | None = None
     shrink: float | tuple[float, ...] = 1.0
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # who writes `quantize` anew inherits none of the shortcuts around the former one
+        for shortcut in ("choose", "regularizes"):
+            if _classes_up(cls, "quantize") < _classes_up(cls, shortcut):
+                setattr(cls, shortcut, vars(Quantizer)[shortcut])
+
     @abstractmethod
     def quantize(self, u: Float[Tensor, "*batch dim"], depth: Depth = None) -> Quantized:
         """Codes of `u`, which `bound` has already seen. `z` carries gradients to the codes only."""
+
+    def choose(self, u: Float[Tensor, "*batch dim"]) -> Quantized:
+        """`quantize` where nobody reads commitment and codebook loss, which may then be zero.
+
+        So do `encode` and a residual, which measures its own sums. Only worth writing for speed.
+        """
+        return self.quantize(u)
 
     @abstractmethod
     def dequantize(self, indices: Int[Tensor, "..."]) -> Float[Tensor, "*batch dim"]:
@@ -170,6 +203,11 @@ class Quantizer(Float32, ABC):
         return type(self).estimate if overridden else straight_through
 
     @property
+    def regularizes(self) -> bool:
+        """Whether the regularizer may have a gradient to the input; False lets residuals hurry."""
+        return True
+
+    @property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """`scales` as `(h, w)` pairs."""
         return as_grids(self.scales)
@@ -202,7 +240,7 @@ class Quantizer(Float32, ABC):
         """
         check_input(self, x)
         depth = checked_depth(self, depth, x)
-        with float32_island(x.device.type):
+        with float32_island(x.device.type), one_call():
             codebooks = start_learning(self)
             u = self.bound(widen(x))
             z, indices, losses = self.quantize(u, depth)
@@ -220,8 +258,8 @@ class Quantizer(Float32, ABC):
         """
         check_input(self, x)
         check_finite(self, x)
-        with float32_island(x.device.type):
-            return self.quantize(self.bound(widen(x))).indices
+        with float32_island(x.device.type), one_call():
+            return self.choose(self.bound(widen(x))).indices
 
     @final
     def decode(self, indices: Shaped[Tensor, "..."]) -> Float[Tensor, "*batch dim"]:
@@ -234,7 +272,7 @@ class Quantizer(Float32, ABC):
             ValueError: If their shape does not fit, or (outside compiled graphs) their range.
         """
         indices = checked_indices(self, indices)
-        with float32_island(indices.device.type):
+        with float32_island(indices.device.type), one_call():
             return self.dequantize(indices)
 
     @final
@@ -246,7 +284,7 @@ class Quantizer(Float32, ABC):
         steps = self.dequantize_steps(indices)
         while True:
             # leaves the island before it yields: the caller's code runs under its own autocast
-            with float32_island(indices.device.type):
+            with float32_island(indices.device.type), one_call():
                 z = next(steps, None)
             if z is None:
                 return

@@ -45,18 +45,24 @@ class _SignQuantizer(Quantizer):
         self.regularize = regularize
 
     def quantize(self, u: Float[Tensor, "*batch dim"], depth: Depth = None) -> Quantized:
+        z, indices, losses = self.choose(u)
+        fitted = fit(u, z, learned=False)
+        losses = Losses(fitted.commitment, fitted.codebook, losses.regularizer)
+        return Quantized(z, indices, losses)
+
+    def choose(self, u: Float[Tensor, "*batch dim"]) -> Quantized:
         signs = u > 0
-        z = self._codes(signs, u.dtype)
-        losses = fit(u, z, learned=False)
+        regularizer = zero = u.new_zeros(())
         if self.regularize and self.training and torch.is_grad_enabled():
-            losses = Losses(losses.commitment, losses.codebook, self.entropy(u).penalty())
-        return Quantized(z, signs_to_indices(signs), losses)
+            regularizer = self.entropy(u).penalty()
+        z = self._codes(signs, u.dtype)
+        return Quantized(z, signs_to_indices(signs), Losses(zero, zero, regularizer))
 
     def dequantize(self, indices: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
         return self._codes(indices_to_signs(indices, self.dim), torch.float32)
 
     def _codes(self, signs: Bool[Tensor, "*batch dim"], dtype: torch.dtype) -> Tensor:
-        return (2 * signs.to(dtype) - 1) * self.scale
+        return signs.to(dtype).mul_(2 * self.scale).sub_(self.scale)
 
     def entropy(self, u: Float[Tensor, "*batch dim"]) -> CodeEntropy:
         """Entropies of the soft assignment of `u` (bounded) to all 2^dim codes, in nats.
@@ -64,6 +70,10 @@ class _SignQuantizer(Quantizer):
         The assignment is the softmax of `-|u - code|^2 / temperature`.
         """
         return sign_entropy(u * (4 * self.scale / self.temperature), self.group_size)
+
+    @property
+    def regularizes(self) -> bool:
+        return self.regularize
 
     def config(self) -> dict[str, Any]:
         return {

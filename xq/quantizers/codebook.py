@@ -87,6 +87,14 @@ class GradientCodebook(Codebook):
         return self.weight
 
 
+def has_parameters(module: nn.Module) -> bool:
+    """Whether anything in it learns by gradient."""
+    # no next(): torch 2.6 cannot trace it with a default
+    for _ in module.parameters():
+        return True
+    return False
+
+
 def is_learning(module: nn.Module) -> bool:
     """Whether state may change: in training, with gradients on, never inside a backward pass.
 

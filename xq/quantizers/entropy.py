@@ -8,7 +8,7 @@ section 3.3), without their additive epsilons. Everything is in nats.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from xq.distributed import sum_over_processes
+from xq.quantizers.bits import indices_to_signs
+from xq.quantizers.constants import constant
 
 # 2^24 probabilities take 64 MiB; beyond, ask for groups
 MAX_GROUP = 24
@@ -99,9 +101,9 @@ def entropy_in_bits(entropy: CodeEntropy) -> dict[str, float]:
 
 
 def _binary_entropy(logits: Tensor) -> Tensor:
-    """Of a bit with these log-odds, by softplus: no logarithm of a probability."""
-    p = logits.sigmoid()
-    return p * F.softplus(-logits) + (1 - p) * F.softplus(logits)
+    """Of a bit with these log-odds; no logarithm of a probability, nothing that cancels."""
+    certainty = logits.abs()
+    return F.softplus(-certainty) + certainty * (-certainty).sigmoid()
 
 
 def _code_mass(logits: Float[Tensor, "n bits"]) -> Float[Tensor, " codes"]:
@@ -112,9 +114,10 @@ def _code_mass(logits: Float[Tensor, "n bits"]) -> Float[Tensor, " codes"]:
 
 
 def _joint(logits: Float[Tensor, "n bits"]) -> Float[Tensor, "n codes"]:
-    """Probabilities of all sign patterns, bit 0 lowest, by doubling."""
-    joint = logits.new_ones(len(logits), 1)
-    for bit in logits.unbind(1):
-        bit = bit[:, None]
-        joint = torch.cat([joint * (-bit).sigmoid(), joint * bit.sigmoid()], dim=1)
-    return joint
+    """Probabilities of all sign patterns, bit 0 lowest."""
+    return (logits @ constant(_halved_signs, logits.shape[1], like=logits).t()).softmax(-1)
+
+
+def _halved_signs(bits: int, **options: Any) -> Float[Tensor, "codes {bits}"]:
+    codes = torch.arange(2**bits, device=options["device"])
+    return indices_to_signs(codes, bits).to(**options) - 0.5

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from xq.config import describe
 from xq.quantizers.base import Scales, ScalesLike, as_grids
+from xq.quantizers.constants import constant
+from xq.quantizers.memo import once
+from xq.quantizers.resample import area, bicubic
 from xq.quantizers.sharing import sharing
 
 # VAR's ten scales for 256 x 256 images at stride 16 (Tian et al. 2024, section 4)
@@ -36,10 +39,21 @@ class Refine(nn.Conv2d):
         self.dim, self.ratio = dim, ratio
 
     def forward(self, input: Float[Tensor, "b dim h w"]) -> Float[Tensor, "b dim h w"]:
-        return (1 - self.ratio) * input + self.ratio * super().forward(input)
+        return F.conv2d(input, *once(self._mixed), padding=1)
+
+    def _mixed(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one convolution that does all of it."""
+        bias: Any = self.bias
+        identity = constant(_identity, self.dim, like=self.weight)
+        return torch.lerp(identity, self.weight, self.ratio), self.ratio * bias
 
     def config(self) -> dict[str, Any]:
         return {"dim": self.dim, "ratio": self.ratio}
+
+
+def _identity(dim: int, **options: Any) -> Float[Tensor, "{dim} {dim} 3 3"]:
+    """The kernel that changes nothing."""
+    return F.pad(torch.eye(dim, **options)[:, :, None, None], (1, 1, 1, 1))
 
 
 class Flat(nn.Module):
@@ -80,27 +94,21 @@ class Pyramid(nn.Module):
     def __init__(self, scales: ScalesLike, refine: Sequence[Refine] = ()) -> None:
         super().__init__()
         self.scales = _checked(scales)
+        self.sizes = as_grids(self.scales)
         self.refine = nn.ModuleList(refine)
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Scales as `(h, w)` pairs."""
-        return list(as_grids(self.scales))
 
     def down(self, x: Float[Tensor, "b H W dim"], k: int) -> Float[Tensor, "b h w dim"]:
         """`x` at scale k, by area."""
-        if x.shape[1:3] == self.sizes[k]:
-            return x
-        return _channels_last(_resize(_channels_first(x), self.sizes[k], "area"))
+        return area(x, self.sizes[k])
 
     def up(self, z: Float[Tensor, "b h w dim"], k: int) -> Float[Tensor, "b H W dim"]:
         """`z` of scale k at the last scale, refined."""
-        z = _channels_first(z)
-        if z.shape[2:] != self.sizes[-1]:
-            z = _resize(z, self.sizes[-1], "bicubic")
-        if self.refine:
-            z = self.refine[shared_refinement(k, len(self.scales), len(self.refine))](z)
-        return _channels_last(z)
+        z = bicubic(z, self.sizes[-1])
+        if not self.refine:
+            return z
+        refine = self.refine[shared_refinement(k, len(self.scales), len(self.refine))]
+        # a view: convolutions take maps whose channels lie side by side as they are
+        return refine(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def join(self, indices: list[Tensor], code_ndim: int) -> Int[Tensor, "b t *code"]:
         """All scales' tokens on one axis, row by row."""
@@ -118,6 +126,7 @@ class Pyramid(nn.Module):
         """The same refinements at other scales; with few scales some refinements may be idle."""
         new = sharing(self)
         new.scales = _checked(scales)
+        new.sizes = as_grids(new.scales)
         return new
 
     def config(self) -> dict[str, Any]:
@@ -148,7 +157,8 @@ def shared_refinement(k: int, scales: int, refinements: int) -> int:
     if refinements > 1:
         ticks[-1] = last
     position = k / (scales - 1) if scales > 1 else 0.0
-    return min(range(refinements), key=lambda i: abs(ticks[i] - position))
+    distances = [abs(tick - position) for tick in ticks]
+    return distances.index(min(distances))
 
 
 def _checked(scales: Any) -> Scales:
@@ -173,18 +183,3 @@ def _scale(scale: Any) -> int | tuple[int, int]:
         return int(scale)
     h, w = scale
     return index(h), index(w)
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1)
-
-
-def _resize(x: Float[Tensor, "b dim H W"], size: tuple[int, int], mode: str) -> Tensor:
-    if x.shape[0] == 0:
-        # torch interpolates no empty batch; this one stays connected to the graph
-        return x[:, :, :1, :1].expand(-1, -1, *size)
-    return F.interpolate(x, size, mode=mode)

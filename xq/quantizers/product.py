@@ -74,7 +74,13 @@ class ProductQuantizer(Quantizer):
 
     def quantize(self, u: Float[Tensor, "*batch dim"], depth: Depth = None) -> Quantized:
         parts = zip(self._all_branches(), self.split(u), strict=True)
-        results = [branch.quantize(part, depth) for branch, part in parts]
+        return self._side_by_side([branch.quantize(part, depth) for branch, part in parts])
+
+    def choose(self, u: Float[Tensor, "*batch dim"]) -> Quantized:
+        parts = zip(self._all_branches(), self.split(u), strict=True)
+        return self._side_by_side([branch.choose(part) for branch, part in parts])
+
+    def _side_by_side(self, results: list[Quantized]) -> Quantized:
         losses = Losses(
             *(torch.stack(terms).mean() for terms in zip(*(q.losses for q in results), strict=True))
         )
@@ -114,6 +120,10 @@ class ProductQuantizer(Quantizer):
     @property
     def estimators(self) -> Any:
         return [branch.estimators for branch in self._all_branches()]
+
+    @property
+    def regularizes(self) -> bool:
+        return any(branch.regularizes for branch in self._all_branches())
 
     def with_scales(self, scales: ScalesLike) -> "ProductQuantizer":
         """The same branches, shared, at another resolution.

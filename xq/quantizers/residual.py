@@ -8,11 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from xq.config import describe
-from xq.quantizers.base import Depth, Losses, Quantized, Quantizer, ScalesLike, expand, fit
+from xq.quantizers.base import Depth, Losses, Quantized, Quantizer, ScalesLike, expand
 from xq.quantizers.children import check_alike, listed
+from xq.quantizers.codebook import has_parameters
 from xq.quantizers.depth import keep_mask
 from xq.quantizers.grids import Flat, Pyramid, Refine, published_scales
 from xq.quantizers.replicate import replicate
+from xq.quantizers.running_fit import NoFit, RunningFit
 from xq.quantizers.sharing import sharing
 from xq.quantizers.shrink import Shrink, divided, multiplied, power
 
@@ -100,25 +102,30 @@ class ResidualQuantizer(Quantizer):
 
     def quantize(self, u: Float[Tensor, "*batch dim"], depth: Depth = None) -> Quantized:
         keep = keep_mask(depth, self.depth, u)
-        learned = len(list(self.parameters())) > 0
-        # `rest` keeps its gradient to `u` for the leaves' entropy; codes never get one from it
-        rest, total = u, torch.zeros_like(u)
-        indices, fits, regularizers = [], [], []
+        return self._walk(u, keep, RunningFit(u, keep))
+
+    def choose(self, u: Float[Tensor, "*batch dim"]) -> Quantized:
+        return self._walk(u, None, NoFit(u))
+
+    def _walk(self, u: Tensor, keep: Tensor | None, running: RunningFit | NoFit) -> Quantized:
+        # codes never get a gradient to `u`; a regularizer does, by way of what is left
+        rest = u if self.regularizes else u.detach()
+        total = torch.zeros_like(u)
+        indices, regularizers = [], []
         for k in range(self.depth):
             scale = power(self.step_shrink, k)
-            q = self._step(k).quantize(divided(self.grid.down(rest, k), scale))
+            q = self._step(k).choose(divided(self.grid.down(rest, k), scale))
             update = self.grid.up(multiplied(q.z, scale), k)
             # the residual ignores `keep`: after a dropped step no later one is kept
             rest = rest - update.detach()
             total = total + (update if keep is None else update * expand(keep[k], update))
+            running.add(total)
             indices.append(q.indices)
-            fits.append(fit(u, total, None if keep is None else keep[k], learned=learned))
             regularizers.append(q.losses.regularizer)
-        losses = Losses(
-            torch.stack([f.commitment for f in fits]).mean(),
-            torch.stack([f.codebook for f in fits]).mean(),
-            torch.stack(regularizers).mean(),
-        )
+        commitment, codebook = running.terms()
+        if not has_parameters(self):
+            codebook = torch.zeros_like(codebook)
+        losses = Losses(commitment, codebook, torch.stack(regularizers).mean())
         return Quantized(total, self.grid.join(indices, len(self._step(0).code_shape)), losses)
 
     def dequantize(self, indices: Int[Tensor, "..."]) -> Float[Tensor, "*batch dim"]:
@@ -151,6 +158,10 @@ class ResidualQuantizer(Quantizer):
     @property
     def estimators(self) -> Any:
         return self._step(0).estimators
+
+    @property
+    def regularizes(self) -> bool:
+        return any(step.regularizes for step in self._all_steps())
 
     def with_scales(self, scales: ScalesLike) -> "ResidualQuantizer":
         """The same steps and refinements, shared, at another resolution.

@@ -8,6 +8,8 @@ ResidualLFQ and ResidualFSQ do).
 import torch
 from torch import Tensor
 
+from xq.quantizers.constants import constant
+
 Shrink = float | tuple[float, ...]
 
 
@@ -18,9 +20,7 @@ def power(shrink: Shrink, k: int) -> Shrink:
 
 def as_factor(scale: Shrink, like: Tensor) -> float | Tensor:
     """A scale in a form that multiplies `like`."""
-    if isinstance(scale, tuple):
-        return torch.tensor(scale, dtype=like.dtype, device=like.device)
-    return scale
+    return constant(torch.tensor, scale, like=like) if isinstance(scale, tuple) else scale
 
 
 def divided(x: Tensor, scale: Shrink) -> Tensor:

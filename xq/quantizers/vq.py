@@ -3,15 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from xq.config import describe
-from xq.quantizers.base import Depth, Quantized, Quantizer, fit
-from xq.quantizers.codebook import Codebook, GradientCodebook
+from xq.quantizers.base import Depth, Losses, Quantized, Quantizer, fit
+from xq.quantizers.codebook import Codebook, GradientCodebook, has_parameters
 from xq.quantizers.estimators import straight_through
-from xq.quantizers.lookup import METRICS, nearest
+from xq.quantizers.lookup import METRICS, Table, nearest, prepare
+from xq.quantizers.memo import once
 
 
 class VQ(Quantizer):
@@ -70,15 +72,19 @@ class VQ(Quantizer):
         return F.normalize(x, dim=-1) if self.normalize else x
 
     def quantize(self, u: Float[Tensor, "*batch dim"], depth: Depth = None) -> Quantized:
-        codes = self._codes().to(u.dtype)
-        indices = nearest(u, codes, "cosine" if self.normalize else self.metric)
+        z, indices, _ = self.choose(u)
+        return Quantized(z, indices, fit(u, z, learned=has_parameters(self.codebook)))
+
+    def choose(self, u: Float[Tensor, "*batch dim"]) -> Quantized:
+        codes, table = once(self._searchable, u.dtype)
+        indices = nearest(u, table)
         z = F.embedding(indices, codes)
         self.codebook.observe(u, indices)
-        learned = len(list(self.codebook.parameters())) > 0
-        return Quantized(z, indices, fit(u, z, learned=learned))
+        zero = u.new_zeros(())
+        return Quantized(z, indices, Losses(zero, zero, zero))
 
     def dequantize(self, indices: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
-        return F.embedding(indices, self._codes())
+        return F.embedding(indices, once(self._codes))
 
     def estimate(
         self, u: Float[Tensor, "*batch dim"], z: Float[Tensor, "*batch dim"]
@@ -89,6 +95,10 @@ class VQ(Quantizer):
         codes = self.codebook.codes()
         return F.normalize(codes, dim=-1) if self.normalize else codes
 
+    def _searchable(self, dtype: torch.dtype) -> tuple[Tensor, Table]:
+        codes = once(self._codes).to(dtype)
+        return codes, prepare(codes, "cosine" if self.normalize else self.metric)
+
     @property
     def domain(self) -> str:
         return "sphere" if self.normalize else "real"
@@ -96,6 +106,10 @@ class VQ(Quantizer):
     @property
     def estimators(self) -> Any:
         return self.estimator
+
+    @property
+    def regularizes(self) -> bool:
+        return False
 
     def config(self) -> dict[str, Any]:
         return describe(
