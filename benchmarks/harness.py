@@ -84,14 +84,20 @@ def parsed(benchmark: Benchmark, arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: does it run?")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and the PNG")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the JSON and the PNG; default: results, with --quick a temporary one",
+    )
     given = parser.parse_args(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         torch.set_float32_matmul_precision("highest")
-    return Options(device, given.quick, given.out)
+    # numbers that mean nothing must not take the place of results
+    out = given.out or (Path(tempfile.mkdtemp()) if given.quick else RESULTS)
+    return Options(device, given.quick, out)
 
 
 def opened(benchmark: Benchmark, options: Options) -> dict[str, Any]:
@@ -109,7 +115,7 @@ def opened(benchmark: Benchmark, options: Options) -> dict[str, Any]:
 
 def closed(benchmark: Benchmark, document: dict[str, Any], options: Options) -> None:
     """Compares with what was asked, and writes both files."""
-    asked = benchmark.asked.get(options.device, [])
+    asked = [] if options.quick else benchmark.asked.get(options.device, [])
     document["asked"] = [judged(line, document["cases"]) for line in asked]
     print(terminal.asked(document["asked"]))
     stem = benchmark.name + ("-cuda" if options.device == "cuda" else "")

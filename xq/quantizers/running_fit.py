@@ -30,12 +30,11 @@ class RunningFit:
 
     def add(self, z: Float[Tensor, "*batch dim"]) -> None:
         """Adds a step; `z` receives the gradient of the codebook term."""
-        fixed = z.detach()
+        fixed, weight = z.detach(), None
         if self.keep is None:
-            weight = None
             self.weight += 1
         else:
-            weight = sample_weight(self.u, self.keep[len(self.errors)])
+            weight: Any = sample_weight(self.u, self.keep[len(self.errors)])
             self.weight, fixed = self.weight + weight, weight * fixed
         self.errors.append(squared_distance(z, self.fixed, weight))
         self.weighted.add_(fixed)

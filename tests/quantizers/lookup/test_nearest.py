@@ -108,6 +108,27 @@ def test_exact_far_from_the_origin(backend: str | None, offset: float) -> None:
     assert torch.equal(nearest(x, codes, backend=backend), nearest(x, codes, backend="reference"))
 
 
+@pytest.mark.parametrize("ready", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("outlier", [1e3, 1e6, 1e15])
+def test_a_code_that_has_diverged_spoils_no_other(
+    backend: str | None, offset: float, outlier: float, ready: bool
+) -> None:
+    x, codes = torch.randn(4096, 8) + offset, torch.randn(1024, 8) + offset
+    codes[3] = outlier
+    table = prepare(codes) if ready else codes
+    assert_nearest(nearest(x, table, backend=backend), x, codes, tolerance=1e-4)
+
+
+@needs_faiss
+def test_equal_fingerprints_are_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faiss, "_fingerprints", lambda codes: codes[:, 0] * 0)
+    codes = torch.randn(64, 8).sign().unique(dim=0)
+    found = nearest(codes, torch.cat([codes, codes]), backend="faiss")
+    assert torch.equal(found, torch.arange(len(codes)))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("copies", [2, 5])
 @pytest.mark.parametrize(
@@ -149,12 +170,22 @@ def test_what_is_not_finite(backend: str | None, broken: float, n: int, dim: int
     assert nearest(x, torch.full_like(codes, broken), backend=backend).unique().tolist() == [0]
 
 
+def test_several_nearest_name_each_code_once() -> None:
+    codes = torch.randn(9, 4)
+    codes[1], codes[2] = torch.nan, torch.inf
+    found = nearest(torch.randn(20, 4), codes, k=9)
+    assert torch.equal(found.sort(-1).values, torch.arange(9).expand(20, 9))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_views_and_nothing(backend: str | None) -> None:
     codes = torch.randn(4, 9).t()
     x = torch.randn(4, 3, 2).movedim(0, -1)
     assert_nearest(nearest(x, codes, backend=backend), x, codes)
     assert nearest(x[:0], codes, backend=backend).shape == (0, 2)
+    assert nearest(x[:, :0].movedim(0, 1), codes, backend=backend).shape == (0, 3)
+    permuted = torch.randn(0, 4, 5).transpose(1, 2)
+    assert nearest(permuted, codes, backend=backend, k=2).shape == (0, 5, 2)
     assert nearest(x[:0], codes, backend=backend, k=2).shape == (0, 2, 2)
     assert nearest(x[0, 0], codes, backend=backend).shape == ()
     strided = torch.randn(20, 8)[::2, ::2]
@@ -325,7 +356,10 @@ BAD = {
     "metric": ((X, CODES, "l1"), {}, "metrics.*got 'l1'"),
     "metric of the table": ((X, prepare(CODES), "cosine"), {}, "table for 'euclidean'"),
     "dims": ((X, torch.randn(9, 3)), {}, r"got \(5, 4\) and \(9, 3\)"),
-    "no codes": ((X, torch.randn(0, 4)), {}, r"k >= 1.*got \(5, 4\) and \(0, 4\)"),
+    "no codes": ((X, torch.randn(0, 4)), {}, r"not empty, got \(0, 4\)"),
+    "no channels": ((X[:, :0], CODES[:, :0]), {}, r"not empty, got \(9, 0\)"),
+    "one code": ((X, CODES[0]), {}, r"\(k, dim\).*got \(4,\)"),
+    "k in parts": ((X, CODES), {"k": 2.5}, "got k=2.5"),
     "many codes": ((X, CODES[:1].expand(2**31, 4)), {}, "32 bits.*got 2147483648.*Product"),
     "dtypes": ((X, CODES.double()), {}, "float32 on cpu and torch.float64"),
     "integers": ((X.long(), CODES.long()), {}, "floating-point.*int64"),
@@ -341,6 +375,15 @@ BAD = {
         "backend='faiss' does not do.*float64",
     ),
 }
+
+
+BAD_CODES = [torch.randn(4), torch.randn(2, 3, 4), torch.zeros(0, 4), torch.ones(3, 4).long()]
+
+
+@pytest.mark.parametrize("codes", BAD_CODES, ids=lambda c: f"{c.dtype} {tuple(c.shape)}")
+def test_bad_codes_are_refused_early(codes: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"nearest expects .*codes"):
+        prepare(codes)
 
 
 @pytest.mark.parametrize("backend", ["chunked", "faiss", "triton", None])

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 pytest.importorskip("triton")
+from xq.quantizers.lookup import nearest, prepare
 from xq.quantizers.lookup.triton import nearest_triton, refusal
 
 MODULE = "xq.quantizers.lookup.triton"
@@ -98,6 +99,17 @@ def test_half_precision_is_searched_in_float32(
 ) -> None:
     x, codes = torch.randn(140, dim, device=device), torch.randn(130, dim, device=device)
     check(x.to(dtype), codes.to(dtype), metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_by_way_of_nearest(metric: str, device: str) -> None:
+    x, codes = torch.randn(4, 7, 5, 3, device=device), torch.randn(70, 5, device=device)
+    codes[11], codes[60] = torch.nan, codes[3]
+    found = nearest(x.movedim(2, -1), codes, metric, backend="triton")
+    assert torch.equal(found, nearest(x.movedim(2, -1), codes, metric, backend="chunked"))
+    same = torch.randn(5, device=device).expand(6, 9, 5)
+    found = nearest(same, prepare(codes, metric), backend="triton")
+    assert torch.equal(found, nearest(same, codes, metric, backend="chunked"))
 
 
 def test_far_from_the_origin(device: str) -> None:

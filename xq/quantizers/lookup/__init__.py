@@ -13,13 +13,11 @@ from torch import Tensor
 from xq.quantizers.lookup import faiss
 from xq.quantizers.lookup.chunked import nearest_chunked
 from xq.quantizers.lookup.reference import nearest_reference
-from xq.quantizers.lookup.table import METRICS, Source, Table, check_metric, prepare
+from xq.quantizers.lookup.table import METRICS, Source, Table, check_codes, check_metric, prepare
 
 __all__ = ["BACKENDS", "METRICS", "Table", "nearest", "prepare"]
 
 BACKENDS = ("chunked", "faiss", "triton", "reference")
-# searches number codes in 32 bits
-_MOST_CODES = 2**31 - 2**10
 # numbers that are copied together of vectors that no view flattens: 8 MiB of float32
 _GATHERED = 1 << 21
 
@@ -36,18 +34,19 @@ def nearest(
 
     Computed in float32 (float64 for float64), and exact there: where two codes are equally near
     within rounding, either may be returned. Never holds a score for each vector and code. A code
-    that is not finite is never the nearest; for a vector with NaN the index is 0, for one with an
-    infinity any.
+    that is not finite, or whose square is not, is never the nearest; for a vector with NaN the
+    index is 0 (with `k`, any), for one with an infinity any.
 
     Args:
         x: Vectors `(*batch, dim)`.
         codes: `(k, dim)`, at least one, of the dtype and on the device of `x`; or what `prepare`
             made of them.
-        metric: "euclidean", or "cosine" for the smallest angle.
+        metric: "euclidean", or "cosine" for the smallest angle, to which a code of length zero
+            counts as 60 degrees away. A table keeps its own.
         backend: "chunked" works everywhere, "faiss" on the CPU where faiss-cpu is installed,
             "triton" on GPUs; "reference" is the definition, for tests. By default the environment's
             `XQ_LOOKUP`, or else what is fastest for these tensors.
-        k: Adds an axis with the k nearest codes, nearest first.
+        k: Adds an axis with the k nearest codes, nearest first, equal ones in any order.
 
     Raises:
         ValueError: If an argument does not fit, or the backend asked for cannot do it.
@@ -56,7 +55,7 @@ def nearest(
         _check_name("backend", backend)
     given = codes.codes if isinstance(codes, Table) else codes
     _check_tensors(x, given)
-    if k is not None and not 1 <= k <= len(given):
+    if k is not None and not (hasattr(k, "__index__") and 1 <= k <= len(given)):
         raise ValueError(f"nearest finds 1 to {len(given)} of {len(given)} codes, got k={k}")
     if isinstance(codes, Table):
         if metric not in ("euclidean", codes.metric):
@@ -72,20 +71,16 @@ def nearest(
 
 
 def _check_tensors(x: Tensor, codes: Tensor) -> None:
-    if codes.ndim != 2 or len(codes) == 0 or x.ndim == 0 or x.shape[-1] != codes.shape[1]:
+    check_codes(codes)
+    if x.ndim == 0 or x.shape[-1] != codes.shape[1]:
         raise ValueError(
-            f"nearest expects x (..., dim) and codes (k >= 1, dim), "
+            f"nearest expects x (..., dim) and codes (k, dim), "
             f"got {tuple(x.shape)} and {tuple(codes.shape)}"
         )
-    if len(codes) > _MOST_CODES:
+    if x.dtype != codes.dtype or x.device != codes.device:
         raise ValueError(
-            f"nearest numbers codes in 32 bits and takes up to {_MOST_CODES}, got {len(codes)}; "
-            "a ProductQuantizer or ResidualQuantizer makes more of fewer"
-        )
-    if not x.is_floating_point() or x.dtype != codes.dtype or x.device != codes.device:
-        raise ValueError(
-            f"nearest expects floating-point x and codes alike, got {x.dtype} on {x.device} "
-            f"and {codes.dtype} on {codes.device}"
+            f"nearest expects x and codes alike, got {x.dtype} on {x.device} and {codes.dtype} on "
+            f"{codes.device}; codes.to(x) makes them so"
         )
 
 
@@ -152,7 +147,7 @@ def _search(
 ) -> Tensor:
     search = _SEARCHES[_backend_for(x, k, backend)]
     source = Source(codes, metric, rows, centre)
-    if x.ndim < 3 or _flattens(x):
+    if x.ndim < 3 or x.numel() == 0 or _flattens(x):
         return search(x.reshape(-1, x.shape[-1]), source, k).view(*x.shape[:-1], k)
     out = torch.empty(*x.shape[:-1], k, dtype=torch.int64, device=x.device)
     for part, found in _flat_parts(x, out):

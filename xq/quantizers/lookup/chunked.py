@@ -33,11 +33,18 @@ def nearest_chunked(x: Shaped[Tensor, "n dim"], table: Table, k: int = 1) -> Int
     out = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     if len(x) == 0:
         return out
-    search = _Search(table.rows[:, : x.shape[1] + 1], k, len(x))
+    rows = table.rows[:, : x.shape[1] + 1]
+    if _compares_all(rows, k):
+        rows = rows[: len(table.codes)]
+    search = _Search(rows, k, len(x))
     for part, found in zip(x.split(search.block), out.split(search.block), strict=True):
         search(relative(part, table.metric, table.centre), found)
     # only a vector that is not finite can have met the padding
     return out.clamp_(max=len(table.codes) - 1)
+
+
+def _compares_all(rows: Tensor, k: int) -> bool:
+    return k > 1 and len(rows) <= k * _WHOLE
 
 
 class _Search:
@@ -47,7 +54,7 @@ class _Search:
         self.rows, self.k = rows, k
         padded, width = rows.shape
         scores = _SCORES if rows.device.type == "cpu" else _SCORES_GPU
-        self.whole = k > 1 and padded <= k * _WHOLE
+        self.whole = _compares_all(rows, k)
         if self.whole:
             block = _KEPT // padded
         else:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from xq.quantizers.lookup.chunked import nearest_chunked
-from xq.quantizers.lookup.table import Source, relative
+from xq.quantizers.lookup.table import Source, middle, relative
 
 # faiss (1.15) has a fast kernel for this many numbers or more, and one that is ten times slower
 _FAST = 1 << 17
@@ -91,9 +91,10 @@ def _points(source: Source) -> _Points | None:
         codes = source.codes.float().contiguous()
         with np.errstate(all="ignore"):
             lengths = _squared_lengths(codes)
-            middle = np.einsum("ki->i", codes.numpy()) / len(codes)
-            # around the origin already, so that no digits are lost; false for what is not finite
-            if middle @ middle <= lengths.mean() / 4:
+        if np.isfinite(lengths).all():
+            centre = middle(codes)
+            # around the origin already, so that no digits are lost
+            if centre @ centre <= np.median(lengths) / 4:
                 return _Points(codes, lengths, None)
     size, dim = source.codes.shape
     rows = source.table.rows[:size]
@@ -140,13 +141,14 @@ def _first_of_equals(found: Int[Tensor, "n 1"], points: _Points) -> Int[Tensor, 
     )
     if len(first) == len(doubtful):
         return found
-    places = np.arange(len(codes))
-    places[doubtful] = doubtful[first[which]]
+    places, same = np.arange(len(codes)), doubtful[first[which]]
+    # numbers alike are no proof
+    places[doubtful] = np.where((codes[doubtful] == codes[same]).all(1), same, doubtful)
     return torch.from_numpy(places[found.numpy()])
 
 
 def _fingerprints(codes: np.ndarray) -> np.ndarray:
-    """64 bits a row: alike for equal rows, and by chance for one codebook of 2^20 in 2^25."""
+    """A number for each row, alike for equal rows and seldom else."""
     factors = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, codes.shape[1])
     # zero added, since -0.0 and 0.0 are equal but for their bits
     return (codes + 0.0).view(np.int32) @ factors

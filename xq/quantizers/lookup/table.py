@@ -10,6 +10,10 @@ from torch import Tensor
 METRICS = ("euclidean", "cosine")
 # codes of which a search keeps the smallest score, to look into the best such group once more
 GROUP = 16
+# codes of which the middle is taken
+_SAMPLE = 64
+# searches number codes in 32 bits
+_MOST_CODES = 2**31 - 2**10
 
 
 class Table(NamedTuple):
@@ -17,7 +21,7 @@ class Table(NamedTuple):
 
     |x - e|^2 = |x|^2 + 2 (|e|^2 / 2 - x.e), of which the bracket alone depends on the code: one
     product of (e, |e|^2 / 2) and (-x, 1). Far from the origin it would lose all digits, so vectors
-    and codes are taken relative to the codes' mean.
+    and codes are taken relative to the middle of the codes.
 
     Attributes:
         codes: The codes as given.
@@ -25,7 +29,7 @@ class Table(NamedTuple):
         rows: `(k, dim + 1)` and padding on both axes, in float32 or wider: points (with "cosine"
             normalized) relative to `centre`, then half their squared length. That is infinite for
             padding and for codes that are not finite, so none is nearest.
-        centre: The mean of the finite codes.
+        centre: See `middle`.
     """
 
     codes: Shaped[Tensor, "k dim"]
@@ -41,9 +45,10 @@ def prepare(codes: Shaped[Tensor, "k dim"], metric: str = "euclidean") -> Table:
     Saves a few passes over the codes at each lookup. It does not follow later changes of `codes`.
 
     Raises:
-        ValueError: If `metric` is unknown.
+        ValueError: If `metric` is unknown, or `codes` are no codes.
     """
     check_metric(metric)
+    check_codes(codes)
     codes = codes.detach()
     wide = codes.float() if codes.dtype.itemsize < 4 else codes
     size, dim = codes.shape
@@ -55,7 +60,7 @@ def prepare(codes: Shaped[Tensor, "k dim"], metric: str = "euclidean") -> Table:
     if metric == "cosine":
         points.div_(lengths.clamp(min=1e-12))
     points.masked_fill_(~finite, 0)
-    centre = points.sum(0) / finite.sum().clamp(min=1)
+    centre = middle(points)
     points.sub_(centre)
     half_norms.fill_(torch.inf)
     squares = torch.linalg.vector_norm(points, dim=-1).square() / 2
@@ -92,6 +97,29 @@ class Source:
         if self._table is None:
             self._table = prepare(self.codes, self.metric)
         return self._table
+
+
+def middle(codes: Float[Tensor, "k dim"]) -> Float[Tensor, " dim"]:
+    """The median, channel by channel, of some codes: near most of them, whatever a few may be.
+
+    A single code that has diverged would carry a mean away.
+    """
+    return codes[:: max(len(codes) // _SAMPLE, 1)].median(0).values
+
+
+def check_codes(codes: Tensor) -> None:
+    """Raises a `ValueError` for what is no table of codes."""
+    if codes.ndim != 2 or codes.shape[0] == 0 or codes.shape[1] == 0:
+        raise ValueError(
+            f"nearest expects codes (k, dim), one or more, not empty, got {tuple(codes.shape)}"
+        )
+    if len(codes) > _MOST_CODES:
+        raise ValueError(
+            f"nearest numbers codes in 32 bits and takes up to {_MOST_CODES}, got {len(codes)}; "
+            "a ProductQuantizer or ResidualQuantizer makes more of fewer"
+        )
+    if not codes.is_floating_point():
+        raise ValueError(f"nearest expects floating-point codes, got {codes.dtype}")
 
 
 def check_metric(metric: str) -> None:
