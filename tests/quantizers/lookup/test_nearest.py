@@ -325,6 +325,9 @@ def test_faiss_is_chosen_where_it_wins(monkeypatch: pytest.MonkeyPatch) -> None:
         nearest(torch.randn(n, 8), codes, k=2)
         nearest(torch.randn(n, 8).double(), codes.double())
     assert chosen == [1 << 12, 1 << 14, 1 << 14]
+    for size, dim in ((100, 64), (1 << 13, 64), (1 << 13, 32)):
+        nearest(torch.randn(1 << 12, dim), torch.randn(size, dim))
+    assert chosen[3:] == [1 << 12, 1 << 12]
 
 
 def test_the_environment_picks_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,11 +89,11 @@ def _check_name(source: str, name: str) -> None:
         raise ValueError(f"{source}={name!r} is none of {BACKENDS}")
 
 
-def _backend_for(x: Tensor, k: int, asked: str) -> str:
+def _backend_for(x: Tensor, size: int, k: int, asked: str) -> str:
     """The backend asked for, which must be able to, or the fastest."""
     source, name = ("backend", asked) if asked else ("XQ_LOOKUP", os.environ.get("XQ_LOOKUP", ""))
     if not name:
-        return _fastest(x, k)
+        return _fastest(x, size, k)
     _check_name(source, name)
     reason = _refusal(name, x, k)
     if reason is not None:
@@ -128,10 +128,10 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _fastest(x: Tensor, k: int) -> str:
+def _fastest(x: Tensor, size: int, k: int) -> str:
     if x.device.type != "cpu" and _triton_refusal(x, k) is None:
         return "triton"
-    if faiss.wins(x.numel() // x.shape[-1], k, x.shape[-1]) and faiss.refusal(x) is None:
+    if faiss.wins(x.numel() // x.shape[-1], size, x.shape[-1], k) and faiss.refusal(x) is None:
         return "faiss"
     return "chunked"
 
@@ -145,7 +145,7 @@ def _search(
     k: int,
     backend: str,
 ) -> Tensor:
-    search = _SEARCHES[_backend_for(x, k, backend)]
+    search = _SEARCHES[_backend_for(x, len(codes), k, backend)]
     source = Source(codes, metric, rows, centre)
     if x.ndim < 3 or x.numel() == 0 or _flattens(x):
         return search(x.reshape(-1, x.shape[-1]), source, k).view(*x.shape[:-1], k)

@@ -15,6 +15,8 @@ from xq.quantizers.lookup.table import Source, middle, relative
 
 # faiss (1.15) has a fast kernel for this many numbers or more, and one that is ten times slower
 _FAST = 1 << 17
+# so many codes, too long for its fused kernel, it multiplies no faster than torch
+_MANY = 1 << 13
 # numbers searched together: 8 MiB of float32
 _BLOCK = 1 << 21
 
@@ -45,8 +47,10 @@ def refusal(x: Shaped[Tensor, "*batch dim"]) -> str | None:
     return None if installed() else "it is not installed: pip install faiss-cpu"
 
 
-def wins(n: int, k: int, dim: int) -> bool:
-    """Whether it is the faster choice for n vectors of length dim and k of their nearest codes."""
+def wins(n: int, size: int, dim: int, k: int) -> bool:
+    """Whether it is the faster choice for the k nearest of `size` codes to n vectors."""
+    if 32 < dim <= 64 and size >= _MANY:
+        return False
     return n * dim * (_advantage(dim) if k == 1 else 1) >= _FAST
 
 
@@ -113,7 +117,7 @@ def _search(x: Float[Tensor, "n dim"], points: Float[Tensor, "k dim"], k: int) -
 
     n, dim = x.shape
     wanted = -(-_FAST // dim)
-    if n < wanted and wins(n, k, dim):
+    if n < wanted and wins(n, len(points), dim, k):
         x = torch.cat([x, x.new_zeros(wanted - n, dim)])
     engine: Any = faiss
     threads = engine.omp_get_max_threads()
