@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from xq.quantizers.lookup.chunked import nearest_chunked
-from xq.quantizers.lookup.table import Source, middle, relative
+from xq.quantizers.lookup.table import SAMPLE, Source, relative
 
 # faiss (1.15) has a fast kernel for this many numbers or more, and one that is ten times slower
 _FAST = 1 << 17
@@ -96,9 +96,10 @@ def _points(source: Source) -> _Points | None:
         with np.errstate(all="ignore"):
             lengths = _squared_lengths(codes)
         if np.isfinite(lengths).all():
-            centre = middle(codes)
+            some = slice(None, None, max(len(codes) // SAMPLE, 1))
+            centre = _median(codes.numpy()[some])
             # around the origin already, so that no digits are lost
-            if centre @ centre <= np.median(lengths) / 4:
+            if centre @ centre <= _median(lengths[some]) / 4:
                 return _Points(codes, lengths, None)
     size, dim = source.codes.shape
     rows = source.table.rows[:size]
@@ -106,6 +107,11 @@ def _points(source: Source) -> _Points | None:
         return None
     codes = rows[:, :dim].contiguous()
     return _Points(codes, _squared_lengths(codes), source.table.centre)
+
+
+def _median(rows: np.ndarray) -> np.ndarray:
+    half = len(rows) // 2
+    return np.partition(rows, half, axis=0)[half]
 
 
 def _squared_lengths(codes: Float[Tensor, "k dim"]) -> np.ndarray:

@@ -11,7 +11,7 @@ METRICS = ("euclidean", "cosine")
 # codes of which a search keeps the smallest score, to look into the best such group once more
 GROUP = 16
 # codes of which the middle is taken
-_SAMPLE = 64
+SAMPLE = 64
 # searches number codes in 32 bits
 _MOST_CODES = 2**31 - 2**10
 
@@ -104,7 +104,7 @@ def middle(codes: Float[Tensor, "k dim"]) -> Float[Tensor, " dim"]:
 
     A single code that has diverged would carry a mean away.
     """
-    return codes[:: max(len(codes) // _SAMPLE, 1)].median(0).values
+    return codes[:: max(len(codes) // SAMPLE, 1)].median(0).values
 
 
 def check_codes(codes: Tensor) -> None:
