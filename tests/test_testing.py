@@ -221,6 +221,12 @@ class NoTokensNoMean(TernaryQuantizer):
         return q._replace(losses=q.losses._replace(commitment=(u - q.z).square().mean()))
 
 
+class AnotherChoice(TernaryQuantizer):
+    def choose(self, u):
+        q = self.quantize(u)
+        return q._replace(z=2 * q.z)
+
+
 class TwoPartials(TernaryQuantizer):
     def dequantize_steps(self, indices):
         yield self.dequantize(indices) / 2
@@ -266,6 +272,7 @@ BROKEN = [
     (Halved, "float16 modules give float32's indices"),
     (LossInTrainingOnly, "commitment has one value, with gradients and without"),
     (NoTokensNoMean, "an empty batch has no loss"),
+    (AnotherChoice, "choose gives the z of quantize"),
     (TwoPartials, "partials has one entry a step"),
     (ForgetfulConfig, "config() rebuilds it"),
 ]

@@ -64,6 +64,9 @@ def _check_decode(q: Quantizer, x: Tensor) -> None:
     z, indices, _ = q(x)
     _claim(torch.equal(q.encode(x), indices), "encode gives the indices of forward")
     _claim(torch.equal(q.decode(indices), z), "decode gives the z of forward, bit for bit")
+    with torch.no_grad():
+        chosen = q.choose(q.bound(x))
+    _claim(torch.equal(chosen.z, z), "choose gives the z of quantize")
     narrow = (torch.uint8, torch.int16, torch.int32)
     for dtype in (d for d in narrow if q.codebook_size <= torch.iinfo(d).max):
         _claim(torch.equal(q.decode(indices.to(dtype)), z), f"decode takes {dtype} indices")

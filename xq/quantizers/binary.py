@@ -45,12 +45,15 @@ class _SignQuantizer(Quantizer):
         self.regularize = regularize
 
     def quantize(self, u: Float[Tensor, "*batch dim"], depth: Depth = None) -> Quantized:
-        z, indices, losses = self.choose(u)
+        z, indices, losses = self._chosen(u)
         fitted = fit(u, z, learned=False)
         losses = Losses(fitted.commitment, fitted.codebook, losses.regularizer)
         return Quantized(z, indices, losses)
 
     def choose(self, u: Float[Tensor, "*batch dim"]) -> Quantized:
+        return self._chosen(u)
+
+    def _chosen(self, u: Tensor) -> Quantized:
         signs = u > 0
         regularizer = zero = u.new_zeros(())
         if self.regularize and self.training and torch.is_grad_enabled():

@@ -31,16 +31,17 @@ def bicubic(x: Float[Tensor, "b h w dim"], size: tuple[int, int]) -> Float[Tenso
 
 def _resample(x: Tensor, weights: Callable[..., Tensor], size: tuple[int, int]) -> Tensor:
     (b, h, w, dim), (high, wide) = x.shape, size
+    # one layout whatever the input's, on which the rounding of products depends
+    x = x.contiguous()
     if (h, w) == size:
-        # one layout whatever the input's, so that rounding cannot depend on it
-        return x.contiguous()
+        return x
     if h * w * high * wide <= _SMALL:
         grid = constant(_both, weights, (h, w), size, like=x)
-        x = torch.bmm(grid.expand(b, high * wide, h * w), x.reshape(b, h * w, dim))
+        x = torch.bmm(grid.expand(b, high * wide, h * w), x.view(b, h * w, dim))
         return x.view(b, high, wide, dim)
     rows, columns = constant(weights, h, high, like=x), constant(weights, w, wide, like=x)
     # columns first: their result is already laid out for the rows
-    x = torch.bmm(columns.expand(b * h, wide, w), x.reshape(b * h, w, dim))
+    x = torch.bmm(columns.expand(b * h, wide, w), x.view(b * h, w, dim))
     x = torch.bmm(rows.expand(b, high, h), x.view(b, h, wide * dim))
     return x.view(b, high, wide, dim)
 
@@ -71,8 +72,9 @@ def bicubic_weights(
     j = torch.arange(-2, cells + 2, device=device)
     # between centres, in units of cells; integers keep it exact until it is divided
     distance = ((2 * i + 1) * cells - (2 * j + 1) * new).abs().to(dtype) / (2 * new)
-    near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance**2 + 1
-    far = _CUBIC * (((distance - 5) * distance + 8) * distance - 4)
+    # both polynomials factored, so that no digits cancel
+    near = (1 - distance) * (1 + distance - (_CUBIC + 2) * distance**2)
+    far = _CUBIC * (distance - 1) * (distance - 2) ** 2
     weights = near.where(distance <= 1, far.where(distance < 2, 0))
     before, inside, after = weights.split([2, cells, 2], dim=1)
     first, last = torch.zeros_like(inside), torch.zeros_like(inside)

@@ -72,10 +72,13 @@ class VQ(Quantizer):
         return F.normalize(x, dim=-1) if self.normalize else x
 
     def quantize(self, u: Float[Tensor, "*batch dim"], depth: Depth = None) -> Quantized:
-        z, indices, _ = self.choose(u)
+        z, indices, _ = self._chosen(u)
         return Quantized(z, indices, fit(u, z, learned=has_parameters(self.codebook)))
 
     def choose(self, u: Float[Tensor, "*batch dim"]) -> Quantized:
+        return self._chosen(u)
+
+    def _chosen(self, u: Tensor) -> Quantized:
         codes, table = once(self._searchable, u.dtype)
         indices = nearest(u, table)
         z = F.embedding(indices, codes)

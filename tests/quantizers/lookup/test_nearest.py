@@ -362,7 +362,6 @@ BAD = {
     "no codes": ((X, torch.randn(0, 4)), {}, r"not empty, got \(0, 4\)"),
     "no channels": ((X[:, :0], CODES[:, :0]), {}, r"not empty, got \(9, 0\)"),
     "one code": ((X, CODES[0]), {}, r"\(k, dim\).*got \(4,\)"),
-    "k in parts": ((X, CODES), {"k": 2.5}, "got k=2.5"),
     "many codes": ((X, CODES[:1].expand(2**31, 4)), {}, "32 bits.*got 2147483648.*Product"),
     "dtypes": ((X, CODES.double()), {}, "float32 on cpu and torch.float64"),
     "integers": ((X.long(), CODES.long()), {}, "floating-point.*int64"),

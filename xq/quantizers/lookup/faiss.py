@@ -109,7 +109,7 @@ def _points(source: Source) -> _Points | None:
     return _Points(codes, _squared_lengths(codes), source.table.centre)
 
 
-def _median(rows: np.ndarray) -> np.ndarray:
+def _median(rows: np.ndarray) -> Any:
     half = len(rows) // 2
     return np.partition(rows, half, axis=0)[half]
 

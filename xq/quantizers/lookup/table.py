@@ -39,7 +39,7 @@ class Table(NamedTuple):
 
 
 @torch.no_grad()
-def prepare(codes: Shaped[Tensor, "k dim"], metric: str = "euclidean") -> Table:
+def prepare(codes: Shaped[Tensor, "..."], metric: str = "euclidean") -> Table:
     """What `nearest` takes instead of `codes`, for codes that are looked up repeatedly.
 
     Saves a few passes over the codes at each lookup. It does not follow later changes of `codes`.
