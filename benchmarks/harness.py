@@ -36,6 +36,7 @@ class Benchmark:
         specs: `specs(device, quick)`, the cases in order.
         asked: By device.
         draw: Makes the picture of a document.
+        table: The table of a document, head and rows, where it is not one of times and memory.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Benchmark:
     specs: Callable[[str, bool], list[Spec]]
     asked: dict[str, list[Asked]]
     draw: Callable[[dict[str, Any]], Figure]
+    table: Callable[[dict[str, Any]], tuple[list[str], list[list[str]]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,13 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
 
 def parsed(benchmark: Benchmark, arguments: Sequence[str] | None) -> Options:
     """The options, with the threads already set."""
+    return options(parser(benchmark).parse_args(arguments))
+
+
+def parser(benchmark: Benchmark) -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{benchmark.name}", description=f"Times {benchmark.title}."
+        prog=f"python -m benchmarks.{benchmark.name}", description=f"Measures {benchmark.title}."
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
@@ -89,7 +96,11 @@ def parsed(benchmark: Benchmark, arguments: Sequence[str] | None) -> Options:
         type=Path,
         help="folder of the JSON and the PNG; default: results, with --quick a temporary one",
     )
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def options(given: argparse.Namespace) -> Options:
+    """The options, with the threads already set."""
     if given.threads:
         torch.set_num_threads(given.threads)
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")

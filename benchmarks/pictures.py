@@ -1,8 +1,9 @@
 """Plots of a document: curves over sizes, or bars for single cases."""
 
+from collections.abc import Callable
 from itertools import cycle
 from textwrap import fill
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,6 +24,18 @@ _TITLES = {"median": "time", "peak_bytes": "extra memory"}
 # so that ticks are round numbers in either unit
 _BASES = {"median": 10, "peak_bytes": 4}
 _LIMIT = "limit"
+
+
+class Field(NamedTuple):
+    """What bars show of a contender.
+
+    Attributes:
+        title: Above the panel.
+        words: The number in words.
+    """
+
+    title: str
+    words: Callable[[float], str]
 
 
 def curves(document: dict[str, Any], labels: dict[str, str]) -> Figure:
@@ -93,25 +106,30 @@ def _curves(axes: Axes, cases: list[Any], size: str, field: str, looks: dict[str
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def bars(document: dict[str, Any]) -> Figure:
+def bars(document: dict[str, Any], fields: dict[str, Field] | None = None) -> Figure:
     """Time to the left, extra memory to the right; a group of bars for each case.
 
     Bars begin at zero, and the longest of each group has the full width.
+
+    Args:
+        document: Of a benchmark.
+        fields: What to show of each contender instead, from left to right.
     """
+    fields = fields or {field: Field(_TITLES[field], _WORDS[field]) for field in _WORDS}
     looks = _looks(document)
     cases = document["cases"]
     rows = [c for case in cases for c in case["contenders"]]
-    fields = [f for f in _WORDS if any(c[f] is not None for c in rows)]
+    shown = [f for f in fields if any(c[f] is not None for c in rows)]
     height = 0.27 * (len(rows) + 1.6 * len(cases)) + 1.0
     figure = Figure(figsize=(12, height), layout="constrained")
-    panels = figure.subplots(1, len(fields), sharey=True, squeeze=False)[0]
-    for axes, field in zip(panels, fields, strict=True):
-        _bars(axes, cases, field, looks)
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, field in zip(panels, shown, strict=True):
+        _bars(axes, cases, field, fields[field], looks)
     _sign(figure, document)
     return figure
 
 
-def _bars(axes: Axes, cases: list[Any], field: str, looks: dict[str, Any]) -> None:
+def _bars(axes: Axes, cases: list[Any], field: str, how: "Field", looks: dict[str, Any]) -> None:
     y, ticks, names = 0.0, [], []
     for case in cases:
         axes.text(0, y, f" {case['name']}", weight="bold", va="center")
@@ -121,7 +139,7 @@ def _bars(axes: Axes, cases: list[Any], field: str, looks: dict[str, Any]) -> No
             if c[field] is not None:
                 share = c[field] / longest
                 axes.barh(y, share, 0.8, color=looks[c["name"]]["color"])
-                axes.text(share, y, f" {_WORDS[field](c[field])}", va="center", fontsize=8)
+                axes.text(share, y, f" {how.words(c[field])}", va="center", fontsize=8)
             ticks.append(y)
             names.append(c["name"])
             y += 1
@@ -130,7 +148,7 @@ def _bars(axes: Axes, cases: list[Any], field: str, looks: dict[str, Any]) -> No
     axes.set_ylim(y - 0.6, -1)
     axes.set_xlim(0, 1.15)
     axes.set_xticks([])
-    axes.set_title(_TITLES[field], fontsize=10)
+    axes.set_title(how.title, fontsize=10)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 

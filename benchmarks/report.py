@@ -6,14 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import entropy, imports, lookup, step, trees
+from benchmarks import distortion, entropy, imports, lookup, step, trees
 from benchmarks.asked import judged
 from benchmarks.harness import RESULTS, Benchmark, replacing
 from benchmarks.machine import line
 from benchmarks.words import memory, rate, ratio, share, time
 
 PAGE = Path(__file__).parent / "README.md"
-BENCHMARKS = {b.name: b for b in (m.BENCHMARK for m in (lookup, entropy, step, trees, imports))}
+_MODULES = (lookup, entropy, step, trees, imports, distortion)
+BENCHMARKS = {module.BENCHMARK.name: module.BENCHMARK for module in _MODULES}
 DEVICES = {"cpu": ("CPU", ""), "cuda": ("GPU", "-cuda")}
 NOT_MEASURED = "not measured"
 _SECTION = re.compile(r"(<!-- (\w+): begin -->\n).*?(<!-- \2: end -->)", re.S)
@@ -35,7 +36,8 @@ def section(benchmark: Benchmark, results: Path) -> str:
             if document["quick"]:
                 raise ValueError(f"{path} comes from a quick run, whose numbers mean nothing")
             parts += [f"**{name}.** {line(document)}.", _asked(document["asked"])]
-            parts += [_cases(document), _costliest(document)]
+            table = _table(*benchmark.table(document)) if benchmark.table else _cases(document)
+            parts += [table, _costliest(document)]
             parts.append(f"![{benchmark.title}]({_link(path.with_suffix('.png'))})")
         elif asked or device == "cpu":
             parts.append(f"**{name}**: {NOT_MEASURED}.")

@@ -7,17 +7,24 @@ from hypothesis import strategies as st
 
 from xq.quantizers import (
     BSQ,
+    FSQ,
+    IBQ,
     LFQ,
     VQ,
+    CodeSampling,
     EMACodebook,
     GradientCodebook,
+    GumbelVQ,
     ProductQuantizer,
     Pyramid,
     Quantizer,
     Refine,
     ResidualQuantizer,
+    SimCodebook,
 )
+from xq.quantizers.estimators import passes_through
 
+CODEBOOKS = {"ema": partial(EMACodebook, decay=0.8), "sim": SimCodebook}
 SCALES = ((1, 2, 3), ((1, 1), (2, 1), (3, 2)), (1, 1, 4), (2,))
 
 
@@ -25,9 +32,21 @@ SCALES = ((1, 2, 3), ((1, 1), (2, 1), (3, 2)), (1, 1, 4), (2,))
 def leaves(draw: st.DrawFn) -> Quantizer:
     """Any leaf, small."""
     dim = draw(st.integers(2, 5))
-    kind = draw(st.sampled_from(["vq", "unit", "cosine", "ema", "unit ema", "lfq", "tanh", "bsq"]))
+    kinds = ["vq", "unit", "cosine", "ema", "unit ema", "lfq", "tanh", "bsq", "fsq"]
+    kinds += ["sim", "regularized", "drawn", "ibq", "gumbel"]
+    kind = draw(st.sampled_from(kinds))
+    if kind == "fsq":
+        levels = draw(st.lists(st.integers(2, 9), min_size=dim, max_size=dim))
+        around_zero = () if 2 in levels else ("paper", "vqp")
+        names = ("even", "symmetric", "ifsq", "clamp", *around_zero)
+        return FSQ(levels, bound=draw(st.sampled_from(names)))
     if kind == "bsq":
         return BSQ(dim, temperature=draw(st.sampled_from([0.1, 1.0])))
+    if kind == "ibq":
+        temperature = draw(st.sampled_from([None, 0.01, 1.0]))
+        return IBQ(dim, draw(st.integers(1, 17)), entropy_temperature=temperature)
+    if kind == "gumbel":
+        return GumbelVQ(dim, draw(st.integers(1, 17)), hard=draw(st.booleans()))
     if kind in ("lfq", "tanh"):
         return LFQ(dim, bound="tanh" if kind == "tanh" else None)
     return VQ(
@@ -35,7 +54,9 @@ def leaves(draw: st.DrawFn) -> Quantizer:
         draw(st.integers(1, 17)),
         metric="cosine" if kind == "cosine" else "euclidean",
         normalize="unit" in kind,
-        codebook=partial(EMACodebook, decay=0.8) if "ema" in kind else GradientCodebook,
+        codebook=CODEBOOKS.get(kind.split()[-1], GradientCodebook),
+        sampling=CodeSampling(1.0) if kind == "drawn" else None,
+        entropy_temperature=0.1 if kind == "regularized" else None,
     )
 
 
@@ -46,7 +67,7 @@ def trees(draw: st.DrawFn, levels: int = 3) -> Quantizer:
         return draw(leaves())
     child = draw(trees(levels=levels - 1))
     kind = draw(st.sampled_from(["residual", "pyramid", "product"]))
-    if kind == "product":
+    if kind == "product" or passes_through(child.estimators):
         return ProductQuantizer(child, draw(st.integers(1, 3)), shared=draw(st.booleans()))
     if kind == "pyramid" and not child.scales:
         scales = draw(st.sampled_from(SCALES))

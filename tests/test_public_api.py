@@ -15,21 +15,29 @@ from xq.quantizers import BSQ, ProductQuantizer, ResidualQuantizer
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = {"torchvision", "timm", "transformers", "open_clip", "peft", "lpips", "faiss", "triton"}
+OPTIONAL |= {"huggingface_hub", "webdataset"}
 # what other people's code says; taking one away breaks it
 PROMISED = {
     "xq": """
         VQ LFQ BSQ EMACodebook ResidualQuantizer Pyramid Refine ProductQuantizer DepthDropout
-        ChannelFirst Projected Quantizer CodebookUsage Tokenizer
+        ChannelFirst Projected Quantizer CodebookUsage Tokenizer TokenStore
     """,
     "xq.quantizers": """
         Quantized Losses Quantizer Wrapper fit VQ Codebook GradientCodebook EMACodebook LFQ BSQ
         ResidualQuantizer Pyramid Refine ProductQuantizer DepthDropout ChannelFirst Projected
         straight_through rotation_trick nearest accumulating sign_entropy entropy_in_bits
-        CodeEntropy indices_to_signs signs_to_indices
+        initialize revive_in keep_codes add_codes beam_encode Perturbed robust_schedule Masked
+        CodeEntropy indices_to_signs signs_to_indices FSQ DiVeQ RandomProjectionQuantizer
+        IBQ GumbelVQ SimCodebook CodeSampling orthogonality passthrough pack unpack
     """,
-    "xq.models": "Tokenizer Reconstruction CNNEncoder CNNDecoder LinearEncoder LinearDecoder",
+    "xq.models": """
+        Tokenizer Reconstruction CNNEncoder CNNDecoder LinearEncoder LinearDecoder
+        teacher_forcing next_scale_input NextScale
+    """,
     "xq.metrics": "CodebookUsage Usage psnr",
     "xq.config": "describe build",
+    "xq.pretrained": "Pretrained",
+    "xq.token_store": "TokenStore",
     "xq.testing": "check_quantizer",
 }
 

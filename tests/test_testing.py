@@ -14,6 +14,7 @@ from xq.quantizers import (
     Quantizer,
     ResidualQuantizer,
     fit,
+    passthrough,
     rotation_trick,
     straight_through,
 )
@@ -175,6 +176,34 @@ class OwnEstimator(TernaryQuantizer):
         return Quantized(u + (z - u).detach(), indices, losses)
 
 
+class PassesThrough(OwnEstimator):
+    def estimate(self, u, z):
+        return passthrough(u, z)
+
+    @property
+    def estimators(self):
+        return passthrough
+
+
+class Noisy(TernaryQuantizer):
+    """Draws in training with gradients."""
+
+    noisy = True
+
+    def quantize(self, u, depth=None):
+        draws = self.training and torch.is_grad_enabled()
+        return super().quantize(u + torch.randn_like(u) if draws else u)
+
+
+class DrawsWithoutGradients(Noisy):
+    def quantize(self, u, depth=None):
+        return TernaryQuantizer.quantize(self, u + torch.randn_like(u) if self.training else u)
+
+
+class DrawsInSilence(Noisy):
+    noisy = False
+
+
 class InfiniteSlope(TernaryQuantizer):
     def bound(self, x):
         return (x - x).abs().sqrt() + x.tanh()
@@ -265,6 +294,8 @@ BROKEN = [
     (NegativeEntropy, "regularizer is not negative"),
     (LearnsInEncode, "encode, decode and no_grad passes change nothing"),
     (Undecided, "encode gives the indices of forward"),
+    (DrawsWithoutGradients, "encode gives the indices of forward"),
+    (DrawsInSilence, "encode gives the indices of forward"),
     (Twice, "the gradient of z is that of bound, once"),
     (OwnEstimator, "quantize gives its input no gradient through z"),
     (InfiniteSlope, "the gradient of z is finite"),
@@ -296,5 +327,6 @@ def test_a_broken_composite_is_caught(broken, promise):
         check_quantizer(broken(TernaryQuantizer(5), depth=3), torch.randn(3, 7, 5))
 
 
-def test_what_the_broken_ones_are_made_of_is_sound():
-    check_quantizer(Learned(5), torch.randn(20, 7, 5))
+@pytest.mark.parametrize("leaf", [Learned, Noisy, PassesThrough])
+def test_what_the_broken_ones_are_made_of_is_sound(leaf):
+    check_quantizer(leaf(5), torch.randn(20, 7, 5))

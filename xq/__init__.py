@@ -16,5 +16,6 @@ from xq.quantizers import (
     Refine as Refine,
     ResidualQuantizer as ResidualQuantizer,
 )
+from xq.token_store import TokenStore as TokenStore
 
 __version__ = "0.1.0"

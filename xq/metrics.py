@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from xq.distributed import all_reduce_sum_
+from xq.distributed import SharedGroup, all_reduce_sum_
 
 # counts take 8 bytes each; beyond this (512 MiB) a histogram is no way to count
 _MOST_COUNTS = 1 << 26
@@ -49,6 +49,7 @@ class CodebookUsage(nn.Module):
         codebook_size: How many values each index can take.
         code_shape: Shape of one token's indices.
         grids: Token grids `(h, w)` of a multi-scale quantizer, coarse to fine; `()` without.
+        process_group: The processes that count together; all by default.
 
     Raises:
         ValueError: If there would be more than 2^26 counts.
@@ -61,8 +62,11 @@ class CodebookUsage(nn.Module):
         codebook_size: int,
         code_shape: Sequence[int] = (),
         grids: Sequence[tuple[int, int]] = (),
+        *,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
+        self._shared_group = SharedGroup(process_group)
         self.codebook_size, self.code_shape = codebook_size, tuple(code_shape)
         self.grids = tuple(grids)
         self.shape = (*([len(self.grids)] if self.grids else []), *self.code_shape)
@@ -126,7 +130,7 @@ class CodebookUsage(nn.Module):
     def compute(self) -> Usage:
         """Usage of all indices so far, on all processes; NaN perplexity and entropy before any."""
         counts = self.counts.clone()
-        all_reduce_sum_([counts])
+        all_reduce_sum_([counts], self._shared_group.group)
         share = counts.double() / counts.sum(-1, keepdim=True)
         entropy = torch.special.entr(share).sum(-1)
         used = (counts > 0).double().mean(-1)

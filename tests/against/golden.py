@@ -33,7 +33,10 @@ def below(numbers: Numbers, prefix: str) -> Numbers:
 
 def load_state(module: nn.Module, numbers: Numbers) -> None:
     """Sets parameters and buffers to `state.*`; all of them must be there."""
-    module.load_state_dict(below(numbers, "state"))
+    state = below(numbers, "state")
+    # peers do not count the updates of their averages
+    state.update({key: torch.tensor(1) for key in module.state_dict() if key.endswith(".step")})
+    module.load_state_dict(state)
 
 
 def leaf(numbers: Tensor) -> Tensor:

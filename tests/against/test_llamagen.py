@@ -1,11 +1,13 @@
 """VQ against LlamaGen's VectorQuantizer.
 
 Deliberate differences:
-- LlamaGen's entropy term, a softmax over negative squared distances, is not part of this library:
-  a test that needs its gradient computes it here.
+- It adds EPS within the logarithm of the batch entropy; ours is exact. A test that needs the
+  gradient of theirs computes it here.
 - Its commitment loss is already multiplied by beta.
 - Its indices are flat; ours keep the grid.
 """
+
+import math
 
 import pytest
 import torch
@@ -25,9 +27,13 @@ from xq.quantizers import VQ, ChannelFirst
 BETA = 0.25
 
 
-@pytest.fixture(params=["llamagen_vq", "llamagen_vq_unit"])
+@pytest.fixture(params=["llamagen_vq", "llamagen_vq_entropy", "llamagen_vq_unit"])
 def case(request):
-    numbers, quantizer = load(request.param), VQ(8, 32, normalize="unit" in request.param)
+    numbers = load(request.param)
+    # the first has a weight of zero
+    temperature = None if request.param == "llamagen_vq" else 0.01
+    normalize = "unit" in request.param
+    quantizer = VQ(8, 32, normalize=normalize, entropy_temperature=temperature)
     load_state(quantizer, numbers)
     return numbers, quantizer
 
@@ -52,13 +58,20 @@ def test_forward_and_gradients(case):
 
     through = gradients((z * numbers["cotangent"]).sum(), x)
     assert_gradient(through["input"], numbers["grad.z.input"])
-    loss = losses.total(commitment=BETA)
+    loss = losses.total(commitment=BETA, regularizer=0.0)
     actual = gradients(loss, x, quantizer)["codebook.weight"]
-    assert_gradient(actual, numbers["grad.loss.codebook"], numbers["grad.entropy.codebook"])
+    without = numbers.get("grad.entropy.codebook", 0.0)
+    assert_gradient(actual, numbers["grad.loss.codebook"], without)
 
-    if quantizer.normalize:
-        codes = quantizer.decode(torch.arange(32))
+    if quantizer.regularizes:
+        codes = quantizer.dequantize(torch.arange(32))
         entropy = 0.1 * soft_entropy(quantizer.bound(x.movedim(1, -1)), codes)
         assert_values(entropy, numbers["entropy_loss"])
+        theirs = gradients(entropy, x, quantizer)
+        assert_gradient(theirs["codebook.weight"], numbers["grad.entropy.codebook"])
+        ours = losses.regularizer - math.log(32)
+        assert_values(0.1 * ours, numbers["entropy_loss"], atol=0.1 * 32 * EPS)
+        found = gradients(0.1 * losses.regularizer, x, quantizer)["codebook.weight"]
+        assert_gradient(found, numbers["grad.entropy.codebook"], tolerance=5e-3)
         loss = loss + entropy
     assert_gradient(gradients(loss, x)["input"], numbers["grad.loss.input"])

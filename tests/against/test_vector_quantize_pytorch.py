@@ -1,4 +1,4 @@
-"""LFQ, residual VQ with running averages, and the rotation trick against vector-quantize-pytorch.
+"""LFQ, VQ with running averages, and the rotation trick against vector-quantize-pytorch.
 
 Deliberate differences:
 - Bit i of our index is channel i; theirs is the other way around.
@@ -11,6 +11,9 @@ Deliberate differences:
 - Averages shared by the steps of a residual decay once a step there, once a forward pass here.
 - Its ResidualLFQ takes the entropy of the residual at the scale of the step's codes; ours that of
   the residual as the step sees it, which is `shrink` times larger.
+- Its DiVeQ adds noise in each step of a residual, in eval mode too; ours once, in training alone.
+- Its random projections of several codebooks go through one more random map, with a bias, that
+  mixes them; ours are apart.
 - Its rotation of opposite or zero vectors is wrong or explodes; ours is straight through there.
 """
 
@@ -42,10 +45,12 @@ from xq.quantizers import (
     LFQ,
     VQ,
     ChannelFirst,
+    DiVeQ,
     EMACodebook,
     ProductQuantizer,
     Projected,
     Quantizer,
+    RandomProjectionQuantizer,
     ResidualQuantizer,
     Wrapper,
     rotation_trick,
@@ -160,7 +165,7 @@ def test_projected_lfq():
 
 
 def ema_vq(dim, codes=16, decay=0.8, **options) -> VQ:
-    return VQ(dim, codes, codebook=partial(EMACodebook, decay=decay), **options)
+    return VQ(dim, codes, codebook=partial(EMACodebook, decay=decay, revive=0.0), **options)
 
 
 class EMACase(NamedTuple):
@@ -171,6 +176,9 @@ class EMACase(NamedTuple):
 EMAS = {
     "vqp_vq": EMACase(lambda: ema_vq(8, 32), 0.25),
     "vqp_vq_rotated": EMACase(lambda: ema_vq(8, 32, 0.99, estimator=rotation_trick), 0.25),
+    "vqp_vq_cosine": EMACase(lambda: ema_vq(8, 32, normalize=True), 0.25),
+    "vqp_heads_shared": EMACase(lambda: ProductQuantizer(ema_vq(4, 32), P=2, shared=True), 0.25),
+    "vqp_heads_separate": EMACase(lambda: ProductQuantizer(ema_vq(4, 32), P=2), 0.25),
     "vqp_residual": EMACase(lambda: ResidualQuantizer(ema_vq(8), 4), 0.25),
     "vqp_residual_shared": EMACase(lambda: ResidualQuantizer(ema_vq(8), 3, shared=True)),
     "vqp_residual_projected": EMACase(lambda: Projected(ResidualQuantizer(ema_vq(4), 3), 8)),
@@ -193,8 +201,12 @@ def inner(quantizer):
 def commitments(quantizer, u, indices):
     """Of each step apart: how far the sums of its leading steps are from the input."""
     if isinstance(quantizer, ProductQuantizer):
-        parts = zip(quantizer.branches, quantizer.split(u), indices.unbind(-2), strict=True)
-        return torch.stack([commitments(*part) for part in parts])
+        branches = list(quantizer.branches) * (quantizer.P if quantizer.shared else 1)
+        indices = indices.unbind(-len(quantizer.code_shape))
+        parts = zip(branches, quantizer.split(u), indices, strict=True)
+        found = torch.stack([commitments(*part) for part in parts])
+        # of heads theirs is one loss
+        return found if found.ndim > 1 else found.mean()
     steps = torch.stack([F.mse_loss(z, u) for z in quantizer.partials(indices)])
     return steps if isinstance(quantizer, ResidualQuantizer) else steps[0]
 
@@ -208,7 +220,7 @@ def test_learning_by_averages(ema):
             break
         x = leaf(run["input"])
         z, indices, losses = quantizer(x)
-        u = quantizer.enter(x) if isinstance(quantizer, Projected) else x
+        u = quantizer.enter(x) if isinstance(quantizer, Projected) else quantizer.bound(x)
         assert_indices(tree, u, indices, run["indices"])
         assert_values(z, run["z"])
         # in training mode too, where theirs has moved its codes already
@@ -221,7 +233,7 @@ def test_learning_by_averages(ema):
         assert_gradient(tree.depth * through, run["grad.z"])
         loss = weight * run["losses"].numel() * losses.commitment
         assert_gradient(gradients(loss, x)["input"], run["grad.loss"])
-        if not getattr(tree, "shared", False):
+        if not (isinstance(tree, ResidualQuantizer) and tree.shared):
             assert_same_averages(quantizer, below(run, "after"))
     assert step > 0
 
@@ -233,7 +245,11 @@ def assert_same_averages(quantizer, after):
     for module in quantizer.modules():
         if isinstance(module, EMACodebook):
             module.refresh()
+    for module in quantizer.modules():
+        if isinstance(module, VQ) and module.normalize:
+            module.codebook.weight.copy_(F.normalize(module.codebook.weight, dim=-1))
     state = {key: value for key, value in quantizer.state_dict().items() if "codebook" in key}
+    state = {key: value for key, value in state.items() if not key.endswith(".step")}
     assert state.keys() == after.keys()
     for key, value in state.items():
         assert_values(value, after[key])
@@ -318,3 +334,46 @@ def test_rotation_trick():
     # theirs misses the code of an opposite vector, and explodes at zero
     assert (numbers["output"] - code).abs()[opposite].max() > 0.01
     assert numbers["grad"][zero].abs().max() > 1e6
+
+
+def test_diveq():
+    numbers = load("vqp_vq_diveq")
+    quantizer = VQ(8, 32, estimator=DiVeQ(0.005))
+    load_state(quantizer, numbers)
+    x = leaf(numbers["input"])
+    # the seed of their step, whose first draw is the noise
+    torch.manual_seed(777)
+    z, indices, _ = quantizer(x)
+    assert_indices(quantizer, x, indices, numbers["indices"])
+    assert_values(z, numbers["z"], atol=1e-6)
+    actual = gradients((z * numbers["cotangent"]).sum(), x, quantizer)
+    for name, gradient in actual.items():
+        assert_gradient(gradient, numbers[f"grad.z.{name}"], tolerance=1e-5)
+    quantizer.eval()
+    assert_values(quantizer(x).z, numbers["z.eval"], atol=0)
+
+
+def test_residual_diveq_is_silent_in_eval_mode():
+    numbers = load("vqp_residual_diveq")
+    quantizer = ResidualQuantizer(VQ(8, 16, estimator=DiVeQ(0.005)), 3).eval()
+    load_state(quantizer, numbers)
+    z, indices, _ = quantizer(numbers["input"])
+    assert_indices(quantizer, numbers["input"], indices, numbers["indices"])
+    assert torch.equal(z, quantizer.decode(indices))
+    # theirs is not
+    assert (numbers["z"] - z).abs().max() > 0.2
+
+
+def test_random_projection():
+    numbers = load("vqp_random_projection")
+    # their projections, then the map that mixes them, as one matrix of vectors with a one behind
+    mixed = numbers["projection"].permute(1, 0, 2).flatten(1) @ numbers["mix.weight"].T
+    matrix = torch.cat([mixed, numbers["mix.bias"][None]])
+    quantizer = RandomProjectionQuantizer(9, 16, code_dim=8, num_codebooks=2, normalize=False)
+    state = {"projection": matrix.unflatten(1, (2, 8)).transpose(0, 1), "codes": numbers["codes"]}
+    quantizer.load_state_dict(state)
+    x = F.pad(F.layer_norm(numbers["input"], (8,)), (0, 1), value=1.0)
+    assert torch.equal(quantizer.encode(x), numbers["indices"])
+    plain = RandomProjectionQuantizer(8, 16, code_dim=8, num_codebooks=2)
+    plain.load_state_dict({**state, "projection": state["projection"][:, :8]})
+    assert torch.equal(plain.encode(numbers["input"]), quantizer.encode(F.pad(x[..., :8], (0, 1))))

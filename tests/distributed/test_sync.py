@@ -34,7 +34,7 @@ STEPS = 4
 
 
 def ema(dim: int) -> VQ:
-    return VQ(dim, 6, codebook=partial(EMACodebook, decay=0.8))
+    return VQ(dim, 6, codebook=partial(EMACodebook, decay=0.8, revive=0.0))
 
 
 TREES: dict[str, Callable[[], Quantizer]] = {

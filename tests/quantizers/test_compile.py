@@ -8,16 +8,25 @@ import pytest
 import torch
 from strategies import inputs_for
 
+from xq.models import next_scale_input, teacher_forcing
 from xq.quantizers import (
     BSQ,
+    FSQ,
+    IBQ,
     LFQ,
     VQ,
     ChannelFirst,
+    CodeSampling,
     DepthDropout,
     EMACodebook,
+    GradientCodebook,
+    GumbelVQ,
+    Perturbed,
     ProductQuantizer,
     Projected,
     ResidualQuantizer,
+    SimCodebook,
+    beam_encode,
     rotation_trick,
 )
 
@@ -26,8 +35,16 @@ TREES = {
     "vq": VQ(4, 16),
     "unit vq": VQ(4, 16, normalize=True, estimator=rotation_trick),
     "ema": VQ(4, 16, codebook=EMA),
+    "revived": VQ(4, 70, codebook=partial(GradientCodebook, revive=0.1)),
     "lfq": LFQ(4, bound="tanh"),
     "bsq groups": BSQ(4, group_size=2),
+    "fsq": FSQ([4, 5, 3]),
+    "residual of fsq": ResidualQuantizer(FSQ([4, 5, 3], bound="paper"), 3),
+    "sim": VQ(4, 16, codebook=SimCodebook),
+    "regularized": VQ(4, 16, entropy_temperature=0.1),
+    "drawn": VQ(4, 16, sampling=CodeSampling(1.0)),
+    "ibq": IBQ(4, 16),
+    "gumbel": GumbelVQ(4, 16),
     "residual": ResidualQuantizer(VQ(4, 16, codebook=EMA), 3, shared=True),
     "pyramid": ResidualQuantizer(VQ(4, 16, metric="cosine"), multiscale=(1, 2, 3)),
     "product": ProductQuantizer(ResidualQuantizer(BSQ(4), multiscale=(1, 2, 3)), P=2),
@@ -44,7 +61,10 @@ def test_trains_and_evaluates_as_one_graph(name: str) -> None:
     for step in range(3):
         x = inputs_for(plain, seed=step)
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        one, two = plain(a), compiled(b)
+        torch.manual_seed(step)
+        one = plain(a)
+        torch.manual_seed(step)
+        two = compiled(b)
         assert torch.equal(one.indices, two.indices)
         torch.testing.assert_close(one.z, two.z)
         torch.testing.assert_close(one.losses, two.losses)
@@ -56,6 +76,25 @@ def test_trains_and_evaluates_as_one_graph(name: str) -> None:
     graph.eval()
     x = inputs_for(plain, seed=9)
     assert torch.equal(plain(x).indices, compiled(x).indices)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["gumbel", "drawn"])
+def test_a_schedule_of_temperatures_is_not_compiled_anew_each_step(name: str) -> None:
+    torch._dynamo.reset()
+    compiled_graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        compiled_graphs.append(graph)
+        return graph
+
+    quantizer = copy.deepcopy(TREES[name])
+    part = quantizer if name == "gumbel" else quantizer.sampling
+    compiled = torch.compile(quantizer, fullgraph=True, backend=count)
+    for step in range(12):
+        part.temperature = 1 - step / 20
+        compiled(inputs_for(quantizer))
+    assert len(compiled_graphs) == 2
 
 
 @pytest.mark.compile
@@ -131,3 +170,48 @@ def test_decode_exports(name: str) -> None:
     indices = quantizer.encode(inputs_for(quantizer))
     program = torch.export.export(Decoder(quantizer), (indices,))
     assert torch.equal(program.module()(indices), quantizer.decode(indices))
+
+
+@pytest.mark.compile
+def test_a_perturbed_quantizer_compiles_whatever_the_progress() -> None:
+    torch._dynamo.reset()
+    perturbed = Perturbed(VQ(4, 16), 8, beta=0.5)
+    compiled = torch.compile(perturbed, fullgraph=True, backend="aot_eager")
+    x = torch.randn(6, 5, 4, requires_grad=True)
+    # more values than a graph is made anew for
+    for epoch in range(12):
+        perturbed.progress = epoch / 11
+        z, indices, losses = compiled(x)
+        assert torch.equal(perturbed.decode(indices), z)
+        (z.sum() + losses.total()).backward()
+    assert x.grad is not None
+    assert (indices != perturbed.encode(x)).any()
+    assert torch.equal(compiled.eval()(x).indices, perturbed.encode(x))
+
+
+LEAVES = [VQ(4, 16), VQ(4, 16, metric="cosine"), LFQ(4)]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("leaf", LEAVES, ids=["vq", "cosine", "lfq"])
+def test_a_beam_search_compiles(leaf: torch.nn.Module) -> None:
+    torch._dynamo.reset()
+    quantizer = ProductQuantizer(ResidualQuantizer(leaf, 3, shrink=0.7), P=2)
+    x = torch.randn(10, 8)
+    compiled = torch.compile(beam_encode, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(quantizer, x, 4), beam_encode(quantizer, x, 4))
+
+
+@pytest.mark.compile
+def test_inputs_of_generators_compile() -> None:
+    torch._dynamo.reset()
+    quantizer = copy.deepcopy(TREES["product"]).eval()
+    indices = quantizer.encode(inputs_for(quantizer))
+
+    def both(indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        first = next_scale_input(quantizer, indices[:, :1])
+        second = next_scale_input(quantizer, indices[:, :5], first.z)
+        return teacher_forcing(quantizer, indices), first.input, second.input
+
+    got = torch.compile(both, fullgraph=True, backend="aot_eager")(indices)
+    torch.testing.assert_close(got, both(indices))

@@ -30,13 +30,37 @@ def test_the_rotation_trick_turns_and_scales_as_the_input_must_be() -> None:
 
 def test_the_rotation_trick_is_safe_where_no_rotation_is_defined() -> None:
     base = torch.randn(5)
-    u = torch.stack([torch.zeros(5), 1e-12 * base, base, base, base])
-    z = torch.stack([base, base, torch.zeros(5), -base, -2 * base])
+    zero, tiny = torch.zeros(5), 1e-12 * base
+    cases = [
+        (zero, base),
+        (tiny, base),
+        (base, zero),
+        (base, tiny),
+        (zero, zero),
+        (tiny, -tiny),
+        (base, -base),
+        (base, -2 * base),
+        (base, -base + 1e-6 * torch.randn(5)),
+    ]
+    u, z = (torch.stack(column) for column in zip(*cases, strict=True))
     u.requires_grad_()
     out = rotation_trick(u, z)
     assert torch.equal(out, z)
     out.sum().backward()
     assert torch.equal(u.grad, torch.ones_like(u)), "straight through"
+
+
+@pytest.mark.parametrize("off", [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 0.1])
+def test_the_rotation_trick_keeps_lengths_however_near_to_opposite(off) -> None:
+    u = F.normalize(torch.randn(200, 5), dim=-1)
+    z = -3 * F.normalize(u + off * torch.randn(200, 5), dim=-1)
+    upstream = torch.randn(200, 5)
+    u.requires_grad_()
+    (gradient,) = torch.autograd.grad((rotation_trick(u, z) * upstream).sum(), u)
+    turned = (gradient - upstream).norm(dim=-1) > 1e-6
+    # a rotation, and three times as long; or straight through
+    want = upstream.norm(dim=-1) * torch.where(turned, 3.0, 1.0)
+    torch.testing.assert_close(gradient.norm(dim=-1), want, rtol=1e-3, atol=0)
 
 
 def test_the_rotation_trick_equals_scaling_where_both_point_alike() -> None:

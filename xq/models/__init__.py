@@ -7,4 +7,9 @@ from xq.models.linear import (
     Sum as Sum,
     fit_pca_ as fit_pca_,
 )
+from xq.models.next_scale import (
+    NextScale as NextScale,
+    next_scale_input as next_scale_input,
+    teacher_forcing as teacher_forcing,
+)
 from xq.models.tokenizer import Reconstruction as Reconstruction, Tokenizer as Tokenizer

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.utils import _pytree
 
+from xq.pretrained import Pretrained
 from xq.quantizers.checks import check_finite, check_input, checked_depth, checked_indices
 from xq.quantizers.codebook import finish_learning, start_learning
 from xq.quantizers.estimators import straight_through
@@ -30,7 +31,8 @@ class Losses(NamedTuple):
         commitment: Mean squared error that moves the input towards its code.
         codebook: The same error, moving the code (and the refinement of a pyramid) towards its
             input; zero where no parameter learns from it.
-        regularizer: Shapes how codes are used: the entropy penalty of LFQ and BSQ, in nats.
+        regularizer: Shapes how codes are used: the entropy penalty of LFQ, BSQ, IBQ and, if asked
+            for, VQ, or the divergence of GumbelVQ; in nats.
     """
 
     commitment: Float[Tensor, ""]
@@ -119,7 +121,7 @@ def _classes_up(cls: type, name: str) -> int:
     return next(i for i, base in enumerate(cls.__mro__) if name in vars(base))
 
 
-class Quantizer(Float32, ABC):
+class Quantizer(Float32, Pretrained, ABC):
     """Maps vectors to codes and back.
 
     A new leaf sets `dim` and `codebook_size` and writes `quantize` and `dequantize`, and `bound`
@@ -150,7 +152,7 @@ class Quantizer(Float32, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # who writes `quantize` anew inherits none of the shortcuts around the former one
-        for shortcut in ("choose", "regularizes"):
+        for shortcut in ("choose", "candidates", "regularizes"):
             if _classes_up(cls, "quantize") < _classes_up(cls, shortcut):
                 setattr(cls, shortcut, vars(Quantizer)[shortcut])
 
@@ -164,6 +166,13 @@ class Quantizer(Float32, ABC):
         So do `encode` and a residual, which measures its own sums. Only worth writing for speed.
         """
         return self.quantize(u)
+
+    def candidates(self, u: Float[Tensor, "*batch dim"], k: int) -> Int[Tensor, "..."]:
+        """Indices of up to `k` codes near `u`, the one of `quantize` first, on an axis after batch.
+
+        What `beam_encode` tries and `Perturbed` draws from; by default that one code alone.
+        """
+        return self.choose(u).indices.unsqueeze(u.ndim - 1)
 
     @abstractmethod
     def dequantize(self, indices: Int[Tensor, "..."]) -> Float[Tensor, "*batch dim"]:
@@ -206,6 +215,19 @@ class Quantizer(Float32, ABC):
     def regularizes(self) -> bool:
         """Whether the regularizer may have a gradient to the input; False lets residuals hurry."""
         return True
+
+    @property
+    def commits(self) -> bool:
+        """Whether a commitment loss helps; where not (FSQ), a residual has none either."""
+        return True
+
+    @property
+    def noisy(self) -> bool:
+        """Whether training with gradients draws at random.
+
+        Then and only then `encode` may give other indices than `forward`, or `decode` another `z`.
+        """
+        return False
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from xq.quantizers.base import Depth, Losses, Quantized, Quantizer, fit
 from xq.quantizers.bits import MAX_BITS, indices_to_signs, signs_to_indices
 from xq.quantizers.entropy import CodeEntropy, check_group_size, sign_entropy
+from xq.quantizers.flips import cheapest_flips
 
 
 class _SignQuantizer(Quantizer):
@@ -24,7 +25,13 @@ class _SignQuantizer(Quantizer):
     scale: float
 
     def __init__(
-        self, dim: int, *, temperature: float, group_size: int | None, regularize: bool
+        self,
+        dim: int,
+        *,
+        temperature: float,
+        group_size: int | None,
+        regularize: bool,
+        across_processes: bool,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -42,7 +49,7 @@ class _SignQuantizer(Quantizer):
                 raise ValueError(f"{name}: {error}, or regularize=False") from None
         self.dim, self.codebook_size = dim, 2**dim
         self.temperature, self.group_size = temperature, group_size
-        self.regularize = regularize
+        self.regularize, self.across_processes = regularize, across_processes
 
     def quantize(self, u: Float[Tensor, "*batch dim"], depth: Depth = None) -> Quantized:
         z, indices, losses = self._chosen(u)
@@ -61,6 +68,10 @@ class _SignQuantizer(Quantizer):
         z = self._codes(signs, u.dtype)
         return Quantized(z, signs_to_indices(signs), Losses(zero, zero, regularizer))
 
+    def candidates(self, u: Float[Tensor, "*batch dim"], k: int) -> Int[Tensor, "*batch near"]:
+        flips = cheapest_flips(u.abs(), min(k, self.codebook_size))
+        return signs_to_indices((u > 0)[..., None, :] ^ flips)
+
     def dequantize(self, indices: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
         return self._codes(indices_to_signs(indices, self.dim), torch.float32)
 
@@ -72,7 +83,8 @@ class _SignQuantizer(Quantizer):
 
         The assignment is the softmax of `-|u - code|^2 / temperature`.
         """
-        return sign_entropy(u * (4 * self.scale / self.temperature), self.group_size)
+        logits = u * (4 * self.scale / self.temperature)
+        return sign_entropy(logits, self.group_size, across_processes=self.across_processes)
 
     @property
     def regularizes(self) -> bool:
@@ -84,6 +96,7 @@ class _SignQuantizer(Quantizer):
             "temperature": self.temperature,
             "group_size": self.group_size,
             "regularize": self.regularize,
+            "across_processes": self.across_processes,
         }
 
     def extra_repr(self) -> str:
@@ -103,6 +116,8 @@ class LFQ(_SignQuantizer):
         group_size: See `sign_entropy`; needed above 24 channels.
         regularize: Whether to compute the entropy penalty; where its weight is zero, without it a
             step is faster.
+        across_processes: Whether the batch entropy is that of all processes, at the price of a
+            reduction a step; otherwise it is that of each.
 
     Raises:
         ValueError: If an argument lies outside its range.
@@ -118,8 +133,15 @@ class LFQ(_SignQuantizer):
         temperature: float = 1.0,
         group_size: int | None = None,
         regularize: bool = True,
+        across_processes: bool = True,
     ) -> None:
-        super().__init__(dim, temperature=temperature, group_size=group_size, regularize=regularize)
+        super().__init__(
+            dim,
+            temperature=temperature,
+            group_size=group_size,
+            regularize=regularize,
+            across_processes=across_processes,
+        )
         if bound not in (None, "tanh"):
             raise ValueError(f'LFQ knows the bounds None and "tanh", got bound={bound!r}')
         self.bounded = bound == "tanh"
@@ -147,6 +169,8 @@ class BSQ(_SignQuantizer):
         group_size: See `sign_entropy`; needed above 24 channels.
         regularize: Whether to compute the entropy penalty; where its weight is zero, without it a
             step is faster.
+        across_processes: Whether the batch entropy is that of all processes, at the price of a
+            reduction a step; otherwise it is that of each.
 
     Raises:
         ValueError: If an argument lies outside its range.
@@ -159,8 +183,15 @@ class BSQ(_SignQuantizer):
         temperature: float = 1.0,
         group_size: int | None = None,
         regularize: bool = True,
+        across_processes: bool = True,
     ) -> None:
-        super().__init__(dim, temperature=temperature, group_size=group_size, regularize=regularize)
+        super().__init__(
+            dim,
+            temperature=temperature,
+            group_size=group_size,
+            regularize=regularize,
+            across_processes=across_processes,
+        )
         self.scale = 1 / math.sqrt(dim)
 
     def bound(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:

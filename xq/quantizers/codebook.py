@@ -1,15 +1,15 @@
-"""Who owns the codes of a `VQ`, and how they learn."""
+"""Who owns the codes of a `VQ`, and when they learn."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from xq.distributed import all_reduce_sum_
+from xq.distributed import SharedGroup, all_reduce_sum_
 
 
 class Codebook(nn.Module, ABC):
@@ -24,16 +24,22 @@ class Codebook(nn.Module, ABC):
     Args:
         codebook_size: Rows of the table.
         dim: Their length.
+        process_group: The processes that learn together; all by default.
 
     Raises:
-        ValueError: If either is below 1.
+        ValueError: If a size is below 1.
     """
 
     accumulating = False
     # whether the pending sums hold earlier micro-batches, and not an unfinished forward
     carries = False
+    # whether all codes stay as they are
+    is_frozen = False
+    # sees the vectors, and the metric, before codes are chosen for them; `initialize` sets it
+    watcher: Callable[["Codebook", Tensor, str], None] | None = None
+    frozen: Tensor | None
 
-    def __init__(self, codebook_size: int, dim: int) -> None:
+    def __init__(self, codebook_size: int, dim: int, *, process_group: Any = None) -> None:
         super().__init__()
         if codebook_size < 1 or dim < 1:
             raise ValueError(
@@ -41,6 +47,9 @@ class Codebook(nn.Module, ABC):
                 f"got {codebook_size} and {dim}"
             )
         self.codebook_size, self.dim = codebook_size, dim
+        self._shared_group = SharedGroup(process_group)
+        # single codes that stay; a setting of this run, as `requires_grad` is, not a state
+        self.register_buffer("frozen", None, persistent=False)
 
     @abstractmethod
     def codes(self) -> Float[Tensor, "codebook_size dim"]:
@@ -53,38 +62,111 @@ class Codebook(nn.Module, ABC):
         """Adds vectors and the codes that they chose to the pending sums."""
 
     def pending(self) -> list[Tensor]:
-        """Sums since the last update, to be summed over processes; empty if none are kept."""
+        """Sums since the last update; empty if none are kept."""
         return []
+
+    def share(self) -> list[Tensor]:
+        """What is summed over processes, in place, before `fold`; the pending sums by default."""
+        return self.pending()
 
     def fold(self) -> None:
         """Moves the pending sums into the statistics."""
 
+    def clear(self) -> None:
+        """Forgets what is pending."""
+        for sums in self.pending():
+            sums.zero_()
+
+    def load_codes(
+        self, codes: Shaped[Tensor, "..."], shares: Shaped[Tensor, "..."] | None = None
+    ) -> None:
+        """Replaces all codes, and whatever statistics belong to them.
+
+        Args:
+            codes: `(codebook_size, dim)`.
+            shares: How large a part of the vectors chooses each code; all alike by default.
+
+        Raises:
+            ValueError: If a shape does not fit or a value is not finite.
+        """
+        raise ValueError(f"{type(self).__name__} has no codes that could be set one by one")
+
+    def freeze(self, codes: Shaped[Tensor, "..."] | None = None) -> None:
+        """Keeps codes as they are, whatever trains; not saved, as `requires_grad` is not.
+
+        Args:
+            codes: Indices of single codes, or a mask `(codebook_size,)`; by default all codes.
+
+        Raises:
+            ValueError: If an index is out of range or the mask has another size.
+        """
+        if codes is None:
+            self.is_frozen = True
+            return
+        mask = self.as_mask(codes)
+        self.frozen = mask if self.frozen is None else self.frozen | mask
+
+    def unfreeze(self) -> None:
+        """Lets all codes learn again."""
+        self.is_frozen, self.frozen = False, None
+
+    def as_mask(self, codes: Shaped[Tensor, "..."]) -> Shaped[Tensor, " codebook_size"]:
+        """Indices of codes, or a mask, as a mask; checked."""
+        device, name = self.codes().device, type(self).__name__
+        if codes.dtype == torch.bool:
+            if codes.shape != (self.codebook_size,):
+                raise ValueError(
+                    f"{name} has {self.codebook_size} codes, got a mask of {tuple(codes.shape)}"
+                )
+            return codes.to(device)
+        codes = codes.reshape(-1).to(device)
+        outside = codes.is_floating_point() or ((codes < 0) | (codes >= self.codebook_size)).any()
+        if outside:
+            raise ValueError(
+                f"{name} has the codes 0..{self.codebook_size - 1}, got {codes.tolist()[:8]}"
+            )
+        return torch.zeros(self.codebook_size, dtype=torch.bool, device=device).index_fill_(
+            0, codes.long(), True
+        )
+
+    @property
+    def process_group(self) -> Any:
+        """The processes that learn together; None for all."""
+        return self._shared_group.group
+
     def config(self) -> dict[str, Any]:
-        """Constructor arguments beyond the sizes."""
+        """Constructor arguments beyond the sizes; no file keeps a process group."""
         return {}
 
     def extra_repr(self) -> str:
         options = "".join(f", {key}={value}" for key, value in self.config().items())
         return f"{self.codebook_size}, {self.dim}{options}"
 
+    def _load_from_state_dict(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super()._load_from_state_dict(*args)
+        self.carries = False
+        device = self.codes().device
+        # a module built on the meta device and loaded with assign=True: no file has scratch sums
+        for name in self._non_persistent_buffers_set:
+            scratch = getattr(self, name)
+            if scratch is not None and scratch.is_meta and device.type != "meta":
+                setattr(self, name, torch.zeros_like(scratch, device=device))
 
-class GradientCodebook(Codebook):
-    """Codes that are a parameter and learn from the codebook loss (van den Oord et al. 2017).
 
-    They start uniform in +-1 / codebook_size, as in taming-transformers, LlamaGen and XQ-GAN.
-    """
-
-    def __init__(self, codebook_size: int, dim: int) -> None:
-        super().__init__(codebook_size, dim)
-        self.weight = nn.Parameter(torch.empty(codebook_size, dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws new codes."""
-        nn.init.uniform_(self.weight, -1 / self.codebook_size, 1 / self.codebook_size)
-
-    def codes(self) -> Float[Tensor, "codebook_size dim"]:
-        return self.weight
+def checked_codes(book: Codebook, codes: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes and shares as `load_codes` takes them, the shares with the sum 1."""
+    name, size = type(book).__name__, (book.codebook_size, book.dim)
+    if codes.shape != size or not codes.is_floating_point():
+        raise ValueError(
+            f"{name} takes codes of shape {size}, got {codes.dtype} of shape {tuple(codes.shape)}; "
+            "add_codes and keep_codes make a VQ with more or fewer"
+        )
+    shares = codes.new_ones(len(codes)) if shares is None else shares.to(codes)
+    if shares.shape != size[:1] or (shares < 0).any() or not 0 < shares.sum() < float("inf"):
+        raise ValueError(f"{name} takes a share for each of its {size[0]} codes, zero or more")
+    if not codes.isfinite().all():
+        raise ValueError(f"{name} got codes that are NaN or infinite")
+    return codes, shares / shares.sum()
 
 
 def has_parameters(module: nn.Module) -> bool:
@@ -115,8 +197,7 @@ def start_learning(root: nn.Module) -> list[Codebook]:
     for book in codebooks:
         book.refresh()
         if not book.carries:
-            for sums in book.pending():
-                sums.zero_()
+            book.clear()
     return codebooks
 
 
@@ -125,10 +206,13 @@ def finish_learning(codebooks: list[Codebook]) -> None:
     for book in codebooks:
         book.carries = book.accumulating
     ready = [book for book in codebooks if not book.accumulating]
-    if ready:
-        all_reduce_sum_([sums for book in ready for sums in book.pending()])
-    for book in ready:
-        book.fold()
+    while ready:
+        group = ready[0].process_group
+        books = [book for book in ready if book.process_group is group]
+        ready = [book for book in ready if book.process_group is not group]
+        all_reduce_sum_([sums for book in books for sums in book.share()], group)
+        for book in books:
+            book.fold()
 
 
 @contextmanager

@@ -43,16 +43,21 @@ class CodeEntropy(NamedTuple):
         return self.per_token + (self.maximum - self.batch)
 
 
-def sign_entropy(logits: Float[Tensor, "*batch dim"], group_size: int | None = None) -> CodeEntropy:
+def sign_entropy(
+    logits: Float[Tensor, "*batch dim"],
+    group_size: int | None = None,
+    *,
+    across_processes: bool = True,
+) -> CodeEntropy:
     """Per-token and batch entropy over the 2^dim sign codes.
-
-    The batch is that of all processes, with gradient.
 
     Args:
         logits: Log-odds of each bit being positive.
         group_size: Bits whose joint distribution is kept; `dim` (exact) by default. With smaller
             groups, which must divide `dim`, the batch entropy is the sum over groups: an upper
             bound of the exact one, equal to it where groups are independent (BSQ, equation 9).
+        across_processes: Whether the batch is that of all processes, with gradient, at the price of
+            a reduction; otherwise it is that of this one.
 
     Raises:
         ValueError: If `group_size` does not divide `dim`, or exceeds 24.
@@ -63,17 +68,39 @@ def sign_entropy(logits: Float[Tensor, "*batch dim"], group_size: int | None = N
     maximum = dim * math.log(2)
     per_token = _binary_entropy(logits).sum() / max(len(logits), 1)
     tokens = logits.new_ones(len(logits)).sum()
-    # a process without tokens still takes part in the sum
-    sums = [_code_mass(group) for group in logits.split(size, dim=-1)]
-    mass = sum_over_processes(torch.cat([*sums, tokens[None]]))
-    mean, tokens = mass[:-1] / mass[-1].clamp(min=1), mass[-1]
+    mass = torch.cat([_code_mass(group) for group in logits.split(size, dim=-1)])
+    batch = batch_entropy(mass, tokens, 2.0**-size, maximum, across_processes=across_processes)
+    return CodeEntropy(per_token, batch, maximum)
+
+
+def batch_entropy(
+    mass: Float[Tensor, " codes"],
+    tokens: Float[Tensor, ""],
+    even: float,
+    maximum: float,
+    *,
+    across_processes: bool,
+) -> Float[Tensor, ""]:
+    """Entropy of the mean distribution over tokens, summed over groups of codes.
+
+    Args:
+        mass: Each code's probability summed over tokens.
+        tokens: How many there are.
+        even: The probability of a code where all are used alike.
+        maximum: The entropy then.
+        across_processes: Whether mass and tokens are summed over all processes.
+    """
+    sums = torch.cat([mass, tokens[None]])
+    if across_processes:
+        # a process without tokens still takes part
+        sums = sum_over_processes(sums)
+    mean, tokens = sums[:-1] / sums[-1].clamp(min=1), sums[-1]
     # as a divergence from even use, whose terms and gradients vanish there instead of cancelling; a
     # code without mass adds no logarithm, whose floor keeps its gradient finite
-    even = 2.0**-size
     surplus = (mean / even).clamp(min=torch.finfo(mean.dtype).tiny).log()
     batch = maximum - (mean * surplus - mean + even).sum()
     # no tokens anywhere: nothing to regularize, still connected to the graph
-    return CodeEntropy(per_token, batch.where(tokens > 0, maximum), maximum)
+    return batch.where(tokens > 0, maximum)
 
 
 def check_group_size(dim: int, group_size: int | None) -> int:

@@ -4,6 +4,8 @@ An estimator is a function `(u, z) -> z` of the (bounded) input and its code, an
 at the root of a tree. Each returns `z` bit for bit.
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -42,6 +44,24 @@ def rotation_trick(
     turned = u - 2 * along_mirror * mirror + 2 * along_u * unit_z
     scaled = turned * (length_z / length_u.clamp(min=_TINY))
     return _with_gradient_of(scaled.where(safe, u), z)
+
+
+def passthrough(
+    u: Float[Tensor, "*batch dim"], z: Float[Tensor, "*batch dim"]
+) -> Float[Tensor, "*batch dim"]:
+    """Leaves `z` as it is: for leaves whose `z` has a gradient to the input already (IBQ, Gumbel).
+
+    Such a leaf says so with this function as its `estimators`. It is no step of a residual, whose
+    input would receive that gradient once a step.
+    """
+    return z
+
+
+def passes_through(estimators: Any) -> bool:
+    """Whether `passthrough` is among the estimators of a tree."""
+    if isinstance(estimators, list):
+        return any(map(passes_through, estimators))
+    return estimators is passthrough
 
 
 def _with_gradient_of(smooth: Tensor, z: Tensor) -> Tensor:

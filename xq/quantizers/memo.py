@@ -44,3 +44,9 @@ def once(make: Callable[..., T], *args: Any) -> T:
     if key not in _THREAD.kept:
         _THREAD.kept[key] = make(*args)
     return _THREAD.kept[key]
+
+
+def forget() -> None:
+    """Drops what this call has made so far, because a weight was changed within it."""
+    if _THREAD.kept is not None:
+        _THREAD.kept.clear()

@@ -99,6 +99,12 @@ class ProductQuantizer(Quantizer):
         for z in zip(*steps, strict=True):
             yield torch.cat(z, dim=-1)
 
+    def dequantize_step(self, indices: Int[Tensor, "..."], k: int) -> Float[Tensor, "*batch dim"]:
+        """What step k of each branch, a residual, adds to the sum."""
+        branches: list[Any] = self._all_branches()
+        parts = zip(branches, self._unbind(indices), strict=True)
+        return torch.cat([branch.dequantize_step(part, k) for branch, part in parts], dim=-1)
+
     def bound(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         parts = zip(self._all_branches(), self.split(x), strict=True)
         return torch.cat([branch.bound(part) for branch, part in parts], dim=-1)
@@ -124,6 +130,14 @@ class ProductQuantizer(Quantizer):
     @property
     def regularizes(self) -> bool:
         return any(branch.regularizes for branch in self._all_branches())
+
+    @property
+    def commits(self) -> bool:
+        return any(branch.commits for branch in self._all_branches())
+
+    @property
+    def noisy(self) -> bool:
+        return any(branch.noisy for branch in self._all_branches())
 
     def with_scales(self, scales: ScalesLike) -> "ProductQuantizer":
         """The same branches, shared, at another resolution.

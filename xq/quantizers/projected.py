@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from xq.quantizers.base import Quantizer
+from xq.quantizers.masked import Masked
 from xq.quantizers.wrapper import Wrapper
 
 
@@ -17,13 +18,17 @@ class Projected(Wrapper):
         dim: Channels of the input and of `z`.
 
     Raises:
-        ValueError: If `dim` is below 1.
+        ValueError: If `dim` is below 1, or a `Masked` stands within.
     """
 
     def __init__(self, quantizer: "Quantizer | Wrapper", dim: int) -> None:
         super().__init__(quantizer)
         if dim < 1:
             raise ValueError(f"Projected needs a positive dim, got {dim}")
+        if any(isinstance(part, Masked) for part in quantizer.modules()):
+            raise ValueError(
+                "Projected would fill the padding with its bias: write Masked(Projected(...))"
+            )
         self.project_in = nn.Linear(dim, self._inner.dim)
         self.project_out = nn.Linear(self._inner.dim, dim)
 

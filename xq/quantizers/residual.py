@@ -12,6 +12,7 @@ from xq.quantizers.base import Depth, Losses, Quantized, Quantizer, ScalesLike, 
 from xq.quantizers.children import check_alike, listed
 from xq.quantizers.codebook import has_parameters
 from xq.quantizers.depth import keep_mask
+from xq.quantizers.estimators import passes_through
 from xq.quantizers.grids import Flat, Pyramid, Refine, published_scales
 from xq.quantizers.replicate import replicate
 from xq.quantizers.running_fit import NoFit, RunningFit
@@ -83,6 +84,12 @@ class ResidualQuantizer(Quantizer):
             alike.append("shrink")
         check_alike("ResidualQuantizer", steps, alike)
         child = steps[0]
+        if passes_through(child.estimators):
+            raise ValueError(
+                f"ResidualQuantizer cannot have {type(child).__name__} as a step: its z brings its "
+                "own gradient, which the input would receive once a step; at the root or in a "
+                "ProductQuantizer it works"
+            )
         if pyramid and child.scales:
             raise ValueError(
                 f"ResidualQuantizer got multiscale={self.grid.scales} around a quantizer with "
@@ -102,7 +109,8 @@ class ResidualQuantizer(Quantizer):
 
     def quantize(self, u: Float[Tensor, "*batch dim"], depth: Depth = None) -> Quantized:
         keep = keep_mask(depth, self.depth, u)
-        return self._walk(u, keep, RunningFit(u, keep))
+        is_read = self.commits or has_parameters(self)
+        return self._walk(u, keep, RunningFit(u, keep) if is_read else NoFit(u))
 
     def choose(self, u: Float[Tensor, "*batch dim"]) -> Quantized:
         return self._walk(u, None, NoFit(u))
@@ -123,6 +131,8 @@ class ResidualQuantizer(Quantizer):
             indices.append(q.indices)
             regularizers.append(q.losses.regularizer)
         commitment, codebook = running.terms()
+        if not self.commits:
+            commitment = torch.zeros_like(commitment)
         if not has_parameters(self):
             codebook = torch.zeros_like(codebook)
         losses = Losses(commitment, codebook, torch.stack(regularizers).mean())
@@ -137,11 +147,15 @@ class ResidualQuantizer(Quantizer):
     ) -> Iterator[Float[Tensor, "*batch dim"]]:
         total: Tensor | None = None
         for k, step in enumerate(self.grid.split(indices, len(self._step(0).code_shape))):
-            z = self._step(k).dequantize(step)
-            update = self.grid.up(multiplied(z, power(self.step_shrink, k)), k)
+            update = self.dequantize_step(step, k)
             # from zero, as in `quantize`, so that even the sign of zeros agrees
             total = (torch.zeros_like(update) if total is None else total) + update
             yield total
+
+    def dequantize_step(self, indices: Int[Tensor, "..."], k: int) -> Float[Tensor, "*batch dim"]:
+        """What step k alone, with its own indices, adds to the sum."""
+        z = self._step(k).dequantize(indices)
+        return self.grid.up(multiplied(z, power(self.step_shrink, k)), k)
 
     def bound(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         return self._step(0).bound(x)
@@ -162,6 +176,14 @@ class ResidualQuantizer(Quantizer):
     @property
     def regularizes(self) -> bool:
         return any(step.regularizes for step in self._all_steps())
+
+    @property
+    def commits(self) -> bool:
+        return any(step.commits for step in self._all_steps())
+
+    @property
+    def noisy(self) -> bool:
+        return any(step.noisy for step in self._all_steps())
 
     def with_scales(self, scales: ScalesLike) -> "ResidualQuantizer":
         """The same steps and refinements, shared, at another resolution.

@@ -10,10 +10,14 @@ from torch import Tensor
 
 from xq.config import describe
 from xq.quantizers.base import Depth, Losses, Quantized, Quantizer, fit
-from xq.quantizers.codebook import Codebook, GradientCodebook, has_parameters
-from xq.quantizers.estimators import straight_through
+from xq.quantizers.codebook import Codebook, has_parameters
+from xq.quantizers.entropy import CodeEntropy
+from xq.quantizers.estimators import rotation_trick, straight_through
+from xq.quantizers.gradient_codebook import GradientCodebook
 from xq.quantizers.lookup import METRICS, Table, nearest, prepare
 from xq.quantizers.memo import once
+from xq.quantizers.sampling import CodeSampling, checked_temperature
+from xq.quantizers.usage_entropy import distance_entropy
 
 
 class VQ(Quantizer):
@@ -28,10 +32,17 @@ class VQ(Quantizer):
             input is normalized with gradient, the stored codes whenever they are used.
         codebook: Makes the codebook from its size and `dim`: `GradientCodebook`, or such as
             `partial(EMACodebook, decay=0.99)`.
-        estimator: How gradients cross, a function `(u, z) -> z`.
+        estimator: How gradients cross, a function `(u, z) -> z` or a module such as `DiVeQ()`.
+        sampling: Draws codes at random in training, the nearer ones more often; by default the
+            nearest is taken.
+        entropy_temperature: Of the softmax of negative squared distances whose `entropy` is the
+            regularizer, in training mode with gradients; None for no regularizer.
+        across_processes: Whether its batch entropy is that of all processes, at the price of a
+            reduction a step; otherwise it is that of each.
 
     Raises:
-        ValueError: If a size is below 1 or `metric` is unknown.
+        ValueError: If a size is below 1, `metric` is unknown, the temperature is not above 0, or
+            codes are to be drawn with the rotation trick.
     """
 
     def __init__(
@@ -43,14 +54,26 @@ class VQ(Quantizer):
         normalize: bool = False,
         codebook: Callable[[int, int], Codebook] = GradientCodebook,
         estimator: Callable[[Tensor, Tensor], Tensor] = straight_through,
+        sampling: CodeSampling | None = None,
+        entropy_temperature: float | None = None,
+        across_processes: bool = True,
     ) -> None:
         super().__init__()
         if metric not in METRICS:
             raise ValueError(f"VQ knows the metrics {METRICS}, got metric={metric!r}")
+        if sampling is not None and estimator is rotation_trick:
+            raise ValueError(
+                "VQ does not draw codes with estimator=rotation_trick: a far code makes its "
+                "gradient large, and training diverges; take straight_through, or sampling=None"
+            )
+        if entropy_temperature is not None:
+            checked_temperature("VQ's entropy", entropy_temperature)
         self.dim, self.codebook_size = dim, codebook_size
         self.metric, self.normalize = metric, normalize
         self.codebook = self._made(codebook)
-        self.estimator = estimator
+        self.estimator, self.sampling = estimator, sampling
+        self.entropy_temperature = entropy_temperature
+        self.across_processes = across_processes
         # unit codes cannot follow a shrinking residual by themselves
         self.shrink = 0.5 if normalize else 1.0
 
@@ -72,19 +95,33 @@ class VQ(Quantizer):
         return F.normalize(x, dim=-1) if self.normalize else x
 
     def quantize(self, u: Float[Tensor, "*batch dim"], depth: Depth = None) -> Quantized:
-        z, indices, _ = self._chosen(u)
-        return Quantized(z, indices, fit(u, z, learned=has_parameters(self.codebook)))
+        z, indices, losses = self._chosen(u)
+        fitted = fit(u, z, learned=has_parameters(self.codebook))
+        losses = Losses(fitted.commitment, fitted.codebook, losses.regularizer)
+        return Quantized(z, indices, losses)
 
     def choose(self, u: Float[Tensor, "*batch dim"]) -> Quantized:
         return self._chosen(u)
 
     def _chosen(self, u: Tensor) -> Quantized:
+        if self.codebook.watcher is not None:
+            self.codebook.watcher(self.codebook, u, self._metric)
         codes, table = once(self._searchable, u.dtype)
-        indices = nearest(u, table)
+        is_training = self.training and torch.is_grad_enabled()
+        if self.sampling is not None and is_training:
+            indices = self.sampling(u, table)
+        else:
+            indices = nearest(u, table)
         z = F.embedding(indices, codes)
         self.codebook.observe(u, indices)
-        zero = u.new_zeros(())
-        return Quantized(z, indices, Losses(zero, zero, zero))
+        regularizer = zero = u.new_zeros(())
+        if self.regularizes and is_training:
+            regularizer = self.entropy(u).penalty()
+        return Quantized(z, indices, Losses(zero, zero, regularizer))
+
+    def candidates(self, u: Float[Tensor, "*batch dim"], k: int) -> Int[Tensor, "*batch near"]:
+        _, table = once(self._searchable, u.dtype)
+        return nearest(u, table, k=min(k, self.codebook_size))
 
     def dequantize(self, indices: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
         return F.embedding(indices, once(self._codes))
@@ -94,13 +131,37 @@ class VQ(Quantizer):
     ) -> Float[Tensor, "*batch dim"]:
         return self.estimator(u, z)
 
+    def entropy(self, u: Float[Tensor, "*batch dim"]) -> CodeEntropy:
+        """Entropies of the soft assignment of `u` (bounded) to all codes, in nats.
+
+        The assignment is the softmax of `-|u - code|^2 / entropy_temperature`, for the cosine
+        metric of normalized vectors and codes. Exact, in bounded memory.
+
+        Raises:
+            ValueError: If `entropy_temperature` is None.
+        """
+        if self.entropy_temperature is None:
+            raise ValueError(
+                "VQ.entropy needs an entropy_temperature, got None; LlamaGen's is 0.01"
+            )
+        codes = once(self._codes).to(u.dtype)
+        if self.metric == "cosine":
+            u, codes = F.normalize(u, dim=-1), F.normalize(codes, dim=-1)
+        return distance_entropy(
+            u, codes, self.entropy_temperature, across_processes=self.across_processes
+        )
+
     def _codes(self) -> Float[Tensor, "codebook_size dim"]:
         codes = self.codebook.codes()
         return F.normalize(codes, dim=-1) if self.normalize else codes
 
     def _searchable(self, dtype: torch.dtype) -> tuple[Tensor, Table]:
         codes = once(self._codes).to(dtype)
-        return codes, prepare(codes, "cosine" if self.normalize else self.metric)
+        return codes, prepare(codes, self._metric)
+
+    @property
+    def _metric(self) -> str:
+        return "cosine" if self.normalize else self.metric
 
     @property
     def domain(self) -> str:
@@ -108,11 +169,17 @@ class VQ(Quantizer):
 
     @property
     def estimators(self) -> Any:
-        return self.estimator
+        # copies of a module agree: what they do counts, not which of them does it
+        is_described = hasattr(self.estimator, "config")
+        return describe(self.estimator) if is_described else self.estimator
 
     @property
     def regularizes(self) -> bool:
-        return False
+        return self.entropy_temperature is not None
+
+    @property
+    def noisy(self) -> bool:
+        return self.sampling is not None or getattr(self.estimator, "noisy", False)
 
     def config(self) -> dict[str, Any]:
         return describe(
@@ -123,6 +190,9 @@ class VQ(Quantizer):
                 "normalize": self.normalize,
                 "codebook": self.codebook,
                 "estimator": self.estimator,
+                "sampling": self.sampling,
+                "entropy_temperature": self.entropy_temperature,
+                "across_processes": self.across_processes,
             }
         )
 
@@ -132,6 +202,7 @@ class VQ(Quantizer):
             for name, value, default in (
                 ("metric", self.metric, "euclidean"),
                 ("normalize", self.normalize, False),
+                ("entropy_temperature", self.entropy_temperature, None),
             )
             if value != default
         )

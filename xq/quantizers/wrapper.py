@@ -1,7 +1,7 @@
 """Wrappers change what goes into a whole tree and what comes out; they stand at its root."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import torch
@@ -9,12 +9,13 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from xq.config import describe
+from xq.pretrained import Pretrained
 from xq.quantizers.base import Quantized, Quantizer, Scales, ScalesLike
 from xq.quantizers.precision import Float32, float32_island, widen
 from xq.quantizers.sharing import sharing
 
 
-class Wrapper(Float32, ABC):
+class Wrapper(Float32, Pretrained, ABC):
     """Hands a tree of quantizers another form of its input.
 
     A wrapper writes `enter` and `leave`. Wrappers stack, outermost first, and are refused inside
@@ -49,36 +50,58 @@ class Wrapper(Float32, ABC):
         return self._inner.dim
 
     @final
-    def forward(self, x: Shaped[Tensor, "..."], depth: Any = None) -> Quantized:
-        """As `Quantizer.forward`, of the wrapper's own form of input."""
+    def forward(self, x: Shaped[Tensor, "..."], depth: Any = None, **context: Any) -> Quantized:
+        """As `Quantizer.forward`, of the wrapper's own form of input.
+
+        Args:
+            x: The vectors.
+            depth: See `Quantizer.forward`.
+            **context: What a wrapper further in asks for, such as the `mask` of `Masked`.
+        """
         with float32_island(x.device.type):
-            z, indices, losses = self._inner(self._entered(x), depth)
+            z, indices, losses = self._quantized(self._entered(x), depth, **context)
             z = self.leave(z)
         return Quantized(z.to(x.dtype), indices, losses)
 
     @final
     @torch.no_grad()
-    def encode(self, x: Shaped[Tensor, "..."]) -> Int[Tensor, "..."]:
+    def encode(self, x: Shaped[Tensor, "..."], **context: Any) -> Int[Tensor, "..."]:
         """As `Quantizer.encode`."""
         with float32_island(x.device.type):
-            return self._inner.encode(self._entered(x))
+            return self._encoded(self._inner.encode, self._entered(x), **context)
 
     @final
     def decode(self, indices: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:
         """As `Quantizer.decode`."""
         with float32_island(indices.device.type):
-            return self.leave(self._inner.decode(indices))
+            packed, unpacked = self._opened(indices)
+            return self.leave(unpacked(self._inner.decode(packed)))
 
     @final
     def partials(self, indices: Shaped[Tensor, "..."]) -> Iterator[Float[Tensor, "..."]]:
         """As `Quantizer.partials`."""
-        return self._left(self._inner.partials(indices))
+        packed, unpacked = self._opened(indices)
+        return self._left(self._inner.partials(packed), unpacked)
 
-    def _left(self, partials: Iterator[Tensor]) -> Iterator[Tensor]:
+    def _left(
+        self, partials: Iterator[Tensor], unpacked: Callable[[Tensor], Tensor]
+    ) -> Iterator[Tensor]:
         for z in partials:
             with float32_island(z.device.type):
-                z = self.leave(z)
+                z = self.leave(unpacked(z))
             yield z
+
+    def _quantized(self, u: Tensor, depth: Any, **context: Any) -> Quantized:
+        """Hands what has entered to the quantizer."""
+        return self._inner(u, depth, **context)
+
+    def _encoded(self, encode: Callable[..., Tensor], u: Tensor, **context: Any) -> Tensor:
+        """Hands what has entered to `encode` of the quantizer, or to another such function."""
+        return encode(u, **context)
+
+    def _opened(self, indices: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What the quantizer can decode of `indices`, and the way back for what it makes of it."""
+        return indices, _as_it_is
 
     def with_scales(self, scales: ScalesLike) -> "Wrapper":
         """The same modules, shared, around the quantizer at another resolution."""
@@ -135,3 +158,7 @@ class Wrapper(Float32, ABC):
                 "indices go to decode(), images to float first"
             )
         return self.enter(widen(x))
+
+
+def _as_it_is(z: Tensor) -> Tensor:
+    return z

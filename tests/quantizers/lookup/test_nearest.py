@@ -82,16 +82,64 @@ def test_several_nearest_of_many_codes_in_blocks(k: int) -> None:
 
 
 @pytest.mark.parametrize("dim", [3, 8, 40])
+@pytest.mark.parametrize("fewest", [7, 40])
 @pytest.mark.parametrize(("scores", "kept"), [(1, 1), (1 << 8, 1 << 8), (1 << 12, 1 << 10)])
 def test_blocks_join_without_a_seam(
-    monkeypatch: pytest.MonkeyPatch, dim: int, scores: int, kept: int
+    monkeypatch: pytest.MonkeyPatch, dim: int, fewest: int, scores: int, kept: int
 ) -> None:
     x, codes = torch.randn(301, dim), torch.randn(517, dim)
     monkeypatch.setattr(chunked, "_SCORES", scores)
     monkeypatch.setattr(chunked, "_KEPT", kept)
-    monkeypatch.setattr(chunked, "_FEWEST", 7)
+    monkeypatch.setattr(chunked, "_FEWEST", fewest)
     assert_nearest(nearest(x, codes, backend="chunked"), x, codes)
     assert_nearest(nearest(x, codes, backend="chunked", k=3), x, codes)
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 33])
+@pytest.mark.parametrize("k", [1, 16, 63, 64, 65, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_vectors_and_pools_that_are_not_full(n: int, k: int, dtype: torch.dtype) -> None:
+    x, codes = torch.randn(n, 7, dtype=dtype), torch.randn(k, 7, dtype=dtype)
+    assert_nearest(nearest(x, codes, backend="chunked"), x, codes)
+
+
+@pytest.mark.parametrize("n", [3, 40])
+@pytest.mark.parametrize("period", [5, 64, 1000, 4096])
+def test_the_first_of_equal_codes_wins_across_pools_and_blocks(
+    monkeypatch: pytest.MonkeyPatch, n: int, period: int
+) -> None:
+    monkeypatch.setattr(chunked, "_SCORES", 1 << 14)
+    x, codes = torch.randn(n, 6), torch.randn(period, 6)
+    found = nearest(x, codes.repeat(3, 1), backend="chunked")
+    assert_nearest(found, x, codes)
+    assert (found < period).all()
+
+
+@pytest.mark.parametrize("n", [3, 40])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_whole_pools_of_codes_that_are_not_finite(n: int, broken: float) -> None:
+    x, codes = torch.randn(n, 6), torch.randn(3000, 6)
+    clean = nearest(x, codes[2700:], backend="chunked")
+    codes[:2700, 2] = broken
+    assert torch.equal(nearest(x, codes, backend="chunked"), clean + 2700)
+    x[1] = torch.nan
+    found = nearest(x, codes, backend="chunked")
+    assert found[1] == 0
+    assert torch.equal(found[2:], clean[2:] + 2700)
+
+
+@pytest.mark.parametrize("count", [1, 2, 100, 5000])
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("slots", [1, 4, 22])
+def test_repeated_numbers_are_all_found(
+    monkeypatch: pytest.MonkeyPatch, count: int, few: bool, slots: int
+) -> None:
+    monkeypatch.setattr(faiss, "_SORTED", count if few else 0)
+    monkeypatch.setattr(faiss, "_MOST_SLOTS", slots)
+    numbers = torch.randint(2 * count, (count,)).float()
+    _, which, counts = numbers.unique(return_inverse=True, return_counts=True)
+    want = (counts[which] > 1).nonzero().flatten()
+    assert faiss._repeated(numbers.numpy()).tolist() == want.tolist()
 
 
 @needs_faiss

@@ -1,11 +1,14 @@
 """Nearest codes by matrix products over blocks that stay in a cache; on any device.
 
-On a CPU `argmin` over the scores of a block takes longer than their computation, since torch does
-not vectorise it, as it does `amin`. So only the smallest score of each group of codes is kept, the
-best group found among these, and looked into once more: the same index, several times sooner.
+On a CPU `argmax` over a block of scores takes longer than their computation, since torch does not
+vectorise it. What it does vectorise is `max_pool2d` of an image whose channels lie side by side,
+and this tells where each maximum is. So vectors are taken for channels and codes for pixels.
 """
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
@@ -13,16 +16,16 @@ from xq.quantizers.lookup.table import GROUP, Table, relative
 
 # scores in flight: 2 MiB of float32 stay in the caches of two cores; a GPU has more to fill
 _SCORES, _SCORES_GPU = 1 << 19, 1 << 21
-# vectors searched together, where the codes leave room for them
-_FEWEST, _MOST = 256, 1024
-# numbers in flight that are kept of each group, or copied to look into groups: 4 MiB of float32
-_KEPT = 1 << 20
+# vectors searched together, the more the fewer codes there are
+_FEWEST, _MOST = 256, 2048
+# codes in one pool; each has a thread to itself
+_POOL = 64
+# fewer vectors than these leave lanes of a pool empty
+_LANES = 16
+# of several codes: vectors searched together, and numbers in flight, 4 MiB of float32
+_FEWEST_SEVERAL, _MOST_SEVERAL, _KEPT = 256, 1024, 1 << 20
 # codes, for each that is wanted, of which all scores are compared: groups would save nothing
 _WHOLE = 512
-# so few scores are not worth a second look
-_LITTLE = 1 << 16
-# rows among which the smallest is found in one go
-_LEVEL = 32
 
 
 def nearest_chunked(x: Shaped[Tensor, "n dim"], table: Table, k: int = 1) -> Int[Tensor, "n {k}"]:
@@ -33,93 +36,96 @@ def nearest_chunked(x: Shaped[Tensor, "n dim"], table: Table, k: int = 1) -> Int
     out = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     if len(x) == 0:
         return out
-    rows = table.rows[:, : x.shape[1] + 1]
-    if _compares_all(rows, k):
-        rows = rows[: len(table.codes)]
-    search = _Search(rows, k, len(x))
+    search = _Nearest(table, len(x)) if k == 1 else _Several(table, len(x), k)
     for part, found in zip(x.split(search.block), out.split(search.block), strict=True):
-        search(relative(part, table.metric, table.centre), found)
-    # only a vector that is not finite can have met the padding
-    return out.clamp_(max=len(table.codes) - 1)
-
-
-def _compares_all(rows: Tensor, k: int) -> bool:
-    return k > 1 and len(rows) <= k * _WHOLE
+        found.copy_(search(part))
+    return out
 
 
 class _Search:
-    """Searches blocks of vectors one after the other, in the same memory."""
+    """Searches blocks of vectors one after the other, in the same memory.
 
-    def __init__(self, rows: Float[Tensor, "padded width"], k: int, length: int) -> None:
-        self.rows, self.k = rows, k
-        padded, width = rows.shape
-        scores = _SCORES if rows.device.type == "cpu" else _SCORES_GPU
-        self.whole = _compares_all(rows, k)
+    The score of a code is x.e - |e|^2 / 2: the larger, the nearer.
+
+    Attributes:
+        block: The most vectors in a block.
+    """
+
+    def __init__(self, table: Table, block: int) -> None:
+        self.table, self.block = table, block
+        self.rows = table.rows[:, : len(table.centre) + 1]
+        scores = _scores_for(self.rows)
+        self.codes = min(max(scores // block // GROUP, 1) * GROUP, len(self.rows))
+        self.points = self.rows.new_full((block, self.rows.shape[1]), -1.0)
+        self.scores = self.rows.new_empty(self.codes * block)
+
+    def _placed(self, x: Shaped[Tensor, "n dim"]) -> Float[Tensor, "n width"]:
+        """The vectors as factors of scores."""
+        points = self.points[: len(x)]
+        points[:, :-1] = relative(x, self.table.metric, self.table.centre)
+        return points
+
+    def _scored(self, points: Float[Tensor, "n width"]) -> Iterator[Float[Tensor, "codes n"]]:
+        """The scores of some codes after the other, each gone with the next."""
+        for rows in self.rows.split(self.codes):
+            scores = self.scores[: len(rows) * len(points)]
+            if len(points) < _LANES:
+                yield torch.mm(points, rows.t(), out=scores.view(len(points), -1)).t()
+            else:
+                yield torch.mm(rows, points.t(), out=scores.view(len(rows), -1))
+
+
+def _scores_for(rows: Tensor) -> int:
+    return _SCORES if rows.device.type == "cpu" else _SCORES_GPU
+
+
+class _Nearest(_Search):
+    def __init__(self, table: Table, length: int) -> None:
+        block = min(max(_scores_for(table.rows) // len(table.rows), _FEWEST), _MOST)
+        super().__init__(table, min(block, length))
+
+    def __call__(self, x: Shaped[Tensor, "n dim"]) -> Int[Tensor, "n 1"]:
+        parts = [_maxima(scores, _POOL) for scores in self._scored(self._placed(x))]
+        values = torch.cat([value for value, _ in parts])
+        places = torch.cat([place.add_(i * self.codes) for i, (_, place) in enumerate(parts)])
+        value, best = _maxima(values, len(values))
+        # a vector with NaN has no other score
+        return places.gather(0, best).masked_fill_(value.isnan(), 0).t()
+
+
+def _maxima(scores: Float[Tensor, "m n"], size: int) -> tuple[Tensor, Tensor]:
+    """The maxima of each `size` rows (or more of them), and the first row that has it."""
+    if scores.device.type != "cpu" or scores.shape[1] < _LANES:
+        return scores.max(0, keepdim=True)
+    image = scores[None, None].permute(0, 3, 1, 2)
+    pooled, rows = F.max_pool2d(image, (1, size), return_indices=True, ceil_mode=True)
+    return pooled[0, :, 0].t(), rows[0, :, 0].t()
+
+
+class _Several(_Search):
+    """Keeps the maximum of each group of codes; the k nearest codes lie in the k best groups."""
+
+    def __init__(self, table: Table, length: int, k: int) -> None:
+        padded, width = table.rows.shape
+        self.k, self.whole = k, padded <= k * _WHOLE
         if self.whole:
             block = _KEPT // padded
         else:
-            block = min(max(scores // padded, _FEWEST), _MOST)
+            block = min(max(_scores_for(table.rows) // padded, _FEWEST_SEVERAL), _MOST_SEVERAL)
             block = min(block, _KEPT * GROUP // padded, _KEPT // (k * GROUP * width))
-        self.block = max(min(block, length), 1)
-        self.codes = min(max(scores // self.block // GROUP, 1) * GROUP, padded)
-        self.columns = rows.new_empty(width * self.block)
-        self.scores = rows.new_empty(self.codes * self.block)
-        self.minima = rows.new_empty(padded // GROUP * self.block)
+        super().__init__(table, max(min(block, length), 1))
 
-    def __call__(self, x: Float[Tensor, "n dim"], out: Int[Tensor, "n {self.k}"]) -> None:
-        columns = _view(self.columns, self.rows.shape[1], len(x))
-        torch.neg(x.t(), out=columns[:-1])
-        columns[-1] = 1
-        if self.whole or len(x) * len(self.rows) <= _LITTLE:
-            out.copy_(_smallest(torch.mm(columns.t(), self.rows.t()), self.k))
-        elif self.k == 1 and self.codes == len(self.rows):
-            out[:, 0] = _first_minimum(self._product(self.rows, columns))
-        else:
-            self._by_groups(columns, out)
-
-    def _by_groups(self, columns: Tensor, out: Tensor) -> None:
-        minima = _view(self.minima, len(self.rows) // GROUP, columns.shape[1])
-        for rows, part in zip(
-            self.rows.split(self.codes), minima.split(self.codes // GROUP), strict=True
-        ):
-            scores = self._product(rows, columns)
-            torch.amin(scores.unflatten(0, (-1, GROUP)), 1, out=part)
-        # the k nearest codes lie in the k groups with the smallest minima
-        if self.k == 1:
-            groups = _first_minimum(minima)[:, None]
-        else:
-            groups = minima.t().topk(self.k, largest=False, sorted=False).indices
+    def __call__(self, x: Shaped[Tensor, "n dim"]) -> Int[Tensor, "n {self.k}"]:
+        points = self._placed(x)
+        if self.whole:
+            # padding could be named where codes that are not finite are as far
+            rows = self.rows[: len(self.table.codes)]
+            return torch.mm(points, rows.t()).topk(self.k).indices
+        maxima = [s.unflatten(0, (-1, GROUP)).amax(1) for s in self._scored(points)]
+        groups = torch.cat(maxima).t().topk(self.k, sorted=False).indices
         near = self.rows.unflatten(0, (-1, GROUP)).index_select(0, groups.flatten())
         near = near.reshape(len(groups), self.k * GROUP, -1)
-        scores = torch.bmm(near, columns.t()[..., None])[..., 0]
-        within = _smallest(scores, self.k)
-        out.copy_(groups.gather(1, within // GROUP) * GROUP + within % GROUP)
-
-    def _product(self, rows: Tensor, columns: Tensor) -> Float[Tensor, "codes n"]:
-        return torch.mm(rows, columns, out=_view(self.scores, len(rows), columns.shape[1]))
-
-
-def _view(buffer: Tensor, rows: int, columns: int) -> Tensor:
-    return buffer[: rows * columns].view(rows, columns)
-
-
-def _smallest(scores: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n {k}"]:
-    if k == 1:
-        return scores.argmin(-1, keepdim=True)
-    return scores.topk(k, largest=False).indices
-
-
-def _first_minimum(scores: Float[Tensor, "m n"]) -> Int[Tensor, " n"]:
-    """`scores.argmin(0)` from operations that torch vectorises; 0 for a column of NaN."""
-    m = len(scores)
-    if m <= 2 * _LEVEL:
-        places = torch.arange(m, device=scores.device)[:, None]
-        return places.where(scores <= scores.amin(0), m).amin(0) % m
-    full = m // _LEVEL * _LEVEL
-    minima = scores[:full].unflatten(0, (-1, _LEVEL)).amin(1)
-    if full < m:
-        minima = torch.cat([minima, scores[full:].amin(0, keepdim=True)])
-    start = _first_minimum(minima) * _LEVEL
-    places = torch.arange(_LEVEL, device=scores.device)[:, None] + start
-    # in the last, shorter group the last place stands for those that are missing
-    return start + _first_minimum(scores.gather(0, places.clamp_(max=m - 1)))
+        within = torch.bmm(near, points[..., None])[..., 0].topk(self.k).indices
+        found = groups.gather(1, within // GROUP) * GROUP + within % GROUP
+        # only a vector that is not finite can have met the padding
+        return found.clamp_(max=len(self.table.codes) - 1)

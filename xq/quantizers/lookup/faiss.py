@@ -16,9 +16,14 @@ from xq.quantizers.lookup.table import SAMPLE, Source, relative
 # faiss (1.15) has a fast kernel for this many numbers or more, and one that is ten times slower
 _FAST = 1 << 17
 # so many codes, too long for its fused kernel, it multiplies no faster than torch
-_MANY = 1 << 13
+_MANY = 1 << 12
 # numbers searched together: 8 MiB of float32
 _BLOCK = 1 << 21
+
+# for more codes, to sort their lengths takes three times as long as to drop them in slots
+_SORTED = 1 << 11
+# 20 MiB of slots for many codes; and 2**64 over the golden ratio, which spreads numbers over them
+_MOST_SLOTS, _MIXER = 22, 0x9E3779B97F4A7C15
 
 # GNU OpenMP, which faiss-cpu brings along, starts no threads after a fork: it waits for them
 _forked = False
@@ -56,7 +61,7 @@ def wins(n: int, size: int, dim: int, k: int) -> bool:
 
 def _advantage(dim: int) -> int:
     """How many times longer torch takes than the fast kernel: as much padding pays."""
-    return 6 if dim <= 8 else 4 if dim <= 16 else 2 if dim <= 32 else 1
+    return 4 if dim <= 8 else 2 if dim <= 16 else 1
 
 
 class _Points(NamedTuple):
@@ -138,23 +143,39 @@ def _search(x: Float[Tensor, "n dim"], points: Float[Tensor, "k dim"], k: int) -
 
 def _first_of_equals(found: Int[Tensor, "n 1"], points: _Points) -> Int[Tensor, "n 1"]:
     """Of several equal codes faiss takes any one; this is the first."""
-    # equal codes are equally long, and few others are
-    codes, lengths = points.codes.numpy(), points.lengths
-    ordered = np.sort(lengths)
-    shared = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(shared) == 0:
+    codes, doubtful = points.codes.numpy(), _repeated(points.lengths)
+    if len(doubtful) == 0:
         return found
-    below = np.searchsorted(shared, lengths).clip(max=len(shared) - 1)
-    doubtful = np.flatnonzero(shared[below] == lengths)
     _, first, which = np.unique(
         _fingerprints(codes[doubtful]), return_index=True, return_inverse=True
     )
     if len(first) == len(doubtful):
         return found
     places, same = np.arange(len(codes)), doubtful[first[which]]
-    # numbers alike are no proof
+    # equal fingerprints are no proof
     places[doubtful] = np.where((codes[doubtful] == codes[same]).all(1), same, doubtful)
     return torch.from_numpy(places[found.numpy()])
+
+
+def _repeated(numbers: np.ndarray) -> np.ndarray:
+    """Places of all numbers that occur more than once."""
+    few = len(numbers) <= _SORTED
+    places = np.arange(len(numbers)) if few else _sharing(numbers)
+    ordered = np.sort(numbers[places])
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    return places[np.isin(numbers[places], again)] if len(again) else places[:0]
+
+
+def _sharing(numbers: np.ndarray) -> np.ndarray:
+    """Places of all numbers that share a slot of a hash table: equal ones, and by chance a few."""
+    bits = min(len(numbers).bit_length() + 3, _MOST_SLOTS)
+    slots = numbers.view(np.uint32) * np.uint64(_MIXER) >> np.uint64(64 - bits)
+    slots, places = slots.astype(np.intp), np.arange(len(numbers), dtype=np.int32)
+    last = np.empty(1 << bits, np.int32)
+    last[slots] = places
+    shared = np.zeros(1 << bits, bool)
+    shared[slots[last[slots] != places]] = True
+    return np.flatnonzero(shared[slots])
 
 
 def _fingerprints(codes: np.ndarray) -> np.ndarray:

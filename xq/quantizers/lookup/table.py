@@ -55,16 +55,15 @@ def prepare(codes: Shaped[Tensor, "..."], metric: str = "euclidean") -> Table:
     rows = _zeros(wide)
     points, half_norms = rows[:size, :dim], rows[:, dim]
     lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    finite = lengths < torch.inf
-    points.copy_(wide)
-    if metric == "cosine":
-        points.div_(lengths.clamp(min=1e-12))
-    points.masked_fill_(~finite, 0)
+    broken = ~(lengths < torch.inf)
+    scale = lengths.clamp(min=1e-12) if metric == "cosine" else torch.ones_like(lengths)
+    # makes zeros of codes that are not finite; to fill their rows would take five times as long
+    points.copy_(wide).div_(scale.masked_fill_(broken, torch.inf)).nan_to_num_(0, 0, 0)
     centre = middle(points)
     points.sub_(centre)
     half_norms.fill_(torch.inf)
-    squares = torch.linalg.vector_norm(points, dim=-1).square() / 2
-    half_norms[:size] = squares.masked_fill(~finite[:, 0], torch.inf)
+    squares = torch.linalg.vector_norm(points, dim=-1).square_().div_(2)
+    half_norms[:size] = squares.masked_fill_(broken[:, 0], torch.inf)
     return Table(codes, metric, rows, centre)
 
 

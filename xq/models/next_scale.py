@@ -1,0 +1,122 @@
+"""What a next-scale generator (VAR) reads: the sum of scales so far, at the size of the next."""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from xq.quantizers import Quantizer, Wrapper
+from xq.quantizers.checks import checked_indices
+from xq.quantizers.memo import one_call
+from xq.quantizers.precision import float32_island
+from xq.quantizers.resample import area
+
+
+class NextScale(NamedTuple):
+    """What follows some leading scales.
+
+    Attributes:
+        input: One vector for each token of the next scale, row by row; without tokens after the
+            last scale.
+        z: The sum of all scales so far; after the last one what `decode` gives.
+    """
+
+    input: Float[Tensor, "b tokens dim"]
+    z: Float[Tensor, "b h w dim"]
+
+
+@torch.no_grad()
+def teacher_forcing(
+    quantizer: Quantizer | Wrapper, indices: Shaped[Tensor, "..."]
+) -> Float[Tensor, "b tokens dim"]:
+    """The inputs from which a generator learns to predict `indices` (Tian et al. 2024, VAR).
+
+    The tokens of each scale but the first, for which a generator has an input of its own, are
+    predicted from the sum of the scales before, reduced by area to their grid. Has no gradient: the
+    tokenizer of a generator is fixed.
+
+    Args:
+        quantizer: A pyramid or a product of pyramids. Of a wrapper the tree within counts: inputs
+            are channel-last and in the space of its codes.
+        indices: Tokens `(b, t, *code)` of all scales or some leading ones.
+
+    Returns:
+        `(b, t - first, dim)`, where `first` is the number of tokens of the first scale.
+
+    Raises:
+        ValueError: If the quantizer's steps are no scales, or `indices` do not fit it.
+    """
+    tree, indices, count = _checked("teacher_forcing", quantizer, indices)
+    # of the last scale nothing is predicted
+    before = indices[:, : _tokens(tree, count - 1)]
+    inputs = [torch.zeros(len(indices), 0, tree.dim, device=indices.device)]
+    with float32_island(indices.device.type), one_call():
+        sums = tree.dequantize_steps(before) if count > 1 else ()
+        for z, grid in zip(sums, tree.grids[1:count], strict=True):
+            inputs.append(area(z, grid).flatten(1, 2))
+    return torch.cat(inputs, dim=1)
+
+
+@torch.no_grad()
+def next_scale_input(
+    quantizer: Quantizer | Wrapper,
+    indices: Shaped[Tensor, "..."],
+    z: Shaped[Tensor, "..."] | None = None,
+) -> NextScale:
+    """What a generator reads before the next scale, given all scales so far.
+
+    The last part of `teacher_forcing`. In a loop over scales, which hands over the sum that the
+    step before returned, each scale is decoded once:
+
+        tokens, z = first, None
+        while tokens.shape[1] < quantizer.num_tokens:
+            inputs, z = next_scale_input(quantizer, tokens, z)
+            tokens = torch.cat([tokens, sample(inputs)], dim=1)
+
+    Args:
+        quantizer: As for `teacher_forcing`.
+        indices: Tokens `(b, t, *code)` of the leading scales so far.
+        z: The sum of all these but the newest one, as the call before this returned it; computed
+            anew by default.
+
+    Raises:
+        ValueError: If the quantizer's steps are no scales, or an argument does not fit it.
+    """
+    tree, indices, count = _checked("next_scale_input", quantizer, indices)
+    h, w = tree.grids[-1]
+    want = (len(indices), h, w, tree.dim)
+    if z is not None and (tuple(z.shape) != want or count == 1):
+        raise ValueError(
+            f"next_scale_input expects z as the sum of all scales before the newest, {want}, and "
+            f"None for the first; got {tuple(z.shape)} with {count} scales"
+        )
+    with float32_island(indices.device.type), one_call():
+        if z is None:
+            total = tree.dequantize(indices)
+        else:
+            newest = indices[:, _tokens(tree, count - 1) :].unflatten(1, tree.grids[count - 1])
+            total = z + tree.dequantize_step(newest, count - 1)
+        following = area(total, tree.grids[count]) if count < tree.depth else total[:, :0]
+        return NextScale(following.flatten(1, 2), total)
+
+
+def _checked(name: str, quantizer: Quantizer | Wrapper, indices: Tensor) -> tuple[Any, Tensor, int]:
+    """The tree within all wrappers, int64 indices, and of how many scales they are."""
+    tree: Any = quantizer
+    while isinstance(tree, Wrapper):
+        tree = tree.quantizer
+    if tree.step_axis != -1:
+        raise ValueError(
+            f"{name} needs a quantizer whose steps are scales, a ResidualQuantizer with multiscale "
+            f"or a product of such; got {type(tree).__name__} with scales {tree.scales} and "
+            f"code_shape {tree.code_shape}"
+        )
+    indices = checked_indices(tree, indices)
+    count = next(k for k in range(1, tree.depth + 1) if _tokens(tree, k) == indices.shape[1])
+    return tree, indices, count
+
+
+def _tokens(tree: Any, count: int) -> int:
+    """How many tokens the first `count` scales have."""
+    return sum(h * w for h, w in tree.grids[:count])
