@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench clean
+.PHONY: help demo test bench distortion clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: .venv/installed-examples ## train a tokenizer on real photographs and show its pictures
 	$(BIN)/python examples/train_tokenizer.py
@@ -15,8 +15,8 @@ test: .venv/installed-dev ## lint, check types, run every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/pytest --jaxtyping-packages=xq,beartype.beartype -m "not compile"
-	$(BIN)/pytest -m compile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --jaxtyping-packages=xq,beartype.beartype -m "not compile"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m compile
 
 bench: .venv/installed-bench ## time xq beside other libraries, 15 minutes
 	$(BIN)/python -m benchmarks.lookup
@@ -24,6 +24,10 @@ bench: .venv/installed-bench ## time xq beside other libraries, 15 minutes
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.trees
 	$(BIN)/python -m benchmarks.imports
+	$(BIN)/python -m benchmarks.report
+
+distortion: .venv/installed-bench ## train codebooks beside other libraries' and compare errors, 15 minutes
+	$(BIN)/python -m benchmarks.distortion
 	$(BIN)/python -m benchmarks.report
 
 clean: ## remove .venv, builds and caches; runs/ stays

@@ -26,7 +26,7 @@ FAISS = "faiss"
 WIDTH = 8
 BEAM = f", beam {WIDTH}"
 # how many vectors of a batch k-means sees for each code, and never fewer than this
-_SEEN, _FEWEST = 16, 1 << 14
+_SEEN, _FEWEST = 16, 1 << 13
 # of running means: small at first, so that codes forget where they started
 _DECAY, _LAST_DECAY, _REACHED = 0.9, 0.99, 0.8
 # dead codes start again until then

@@ -4,7 +4,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import log2, prod
 from statistics import fmean, median
@@ -37,7 +37,8 @@ from xq.quantizers import BSQ, FSQ, LFQ, ProductQuantizer, ResidualQuantizer
 
 TRAIN, TEST = 200_000, 50_000
 QUICK_TRAIN, QUICK_TEST = 4096, 1024
-EPOCHS, ROUNDS = 5, 3
+# seeds, and how long a case may have taken for another one to begin
+ROUNDS, SECONDS = 3, 20.0
 # a part of a residual or product
 BYTE = 256
 BITS, LEVELS = 12, (8, 8, 8, 8)
@@ -52,27 +53,27 @@ class Work:
     Attributes:
         name: As the tables show it.
         bits: A vector.
+        plan: How those that learn by batches are trained.
         trainers: By contender, in order; what is called may raise `Skip`.
-        rounds: How often to train each, with a seed of its own.
     """
 
     name: str
     bits: float
+    plan: Plan
     trainers: dict[str, Callable[[], Trainer]]
-    rounds: int
 
 
-def vq_work(codebook_size: int, plan: Plan, rounds: int = ROUNDS) -> Work:
+def vq_work(codebook_size: int, plan: Plan) -> Work:
     """One codebook, beside k-means."""
     trainers = {
         XQ: lambda: ours(partial(averaged, DIM, codebook_size), plan),
         FAISS: lambda: faiss_kmeans(codebook_size),
         VQP: lambda: vqp_averaged("VectorQuantize", plan, codebook_size=codebook_size),
     }
-    return Work(_vq_name(codebook_size), log2(codebook_size), trainers, rounds)
+    return Work(_vq_name(codebook_size), log2(codebook_size), plan, trainers)
 
 
-def rq_work(depth: int, plan: Plan, rounds: int = ROUNDS) -> Work:
+def rq_work(depth: int, plan: Plan) -> Work:
     """A sum of codes, found greedily and by beam search."""
     sizes = {"num_quantizers": depth, "codebook_size": BYTE}
     trainers = {
@@ -81,10 +82,10 @@ def rq_work(depth: int, plan: Plan, rounds: int = ROUNDS) -> Work:
         FAISS + BEAM: lambda: faiss_codes("ResidualQuantizer", depth, beam=True),
         VQP: lambda: vqp_averaged("ResidualVQ", plan, **sizes),
     }
-    return Work(_rq_name(depth), depth * log2(BYTE), trainers, rounds)
+    return Work(_rq_name(depth), depth * log2(BYTE), plan, trainers)
 
 
-def pq_work(parts: int, plan: Plan, rounds: int = ROUNDS) -> Work:
+def pq_work(parts: int, plan: Plan) -> Work:
     """A code for each part of the channels."""
     sizes = {"num_quantizers": 1, "groups": parts, "codebook_size": BYTE}
     trainers = {
@@ -92,33 +93,44 @@ def pq_work(parts: int, plan: Plan, rounds: int = ROUNDS) -> Work:
         FAISS: lambda: faiss_codes("ProductQuantizer", parts),
         VQP: lambda: vqp_averaged("GroupedResidualVQ", plan, **sizes),
     }
-    return Work(_pq_name(parts), parts * log2(BYTE), trainers, rounds)
+    return Work(_pq_name(parts), parts * log2(BYTE), plan, trainers)
 
 
-def linear_works(plan: Plan, rounds: int = ROUNDS) -> list[Work]:
-    """Quantizers that have no codebook, between two linear maps."""
-    pairs = {
-        _FSQ: (lambda: FSQ(LEVELS), lambda: vqp().FSQ(list(LEVELS))),
-        _LFQ: (
-            lambda: LFQ(BITS, regularize=False),
-            lambda: vqp().LFQ(dim=BITS, entropy_loss_weight=0.0, commitment_loss_weight=0.25),
-        ),
-        _BSQ: (
-            lambda: BSQ(BITS, regularize=False),
-            lambda: vqp().LFQ(
-                dim=BITS, spherical=True, entropy_loss_weight=0.0, commitment_loss_weight=0.25
-            ),
-        ),
-    }
-    works = []
-    for name, (mine, theirs) in pairs.items():
-        trainers = {
-            XQ: partial(behind_linear, XQ, mine, plan),
-            VQP: partial(behind_linear, VQP, theirs, plan),
-        }
-        bits = log2(prod(LEVELS)) if name == _FSQ else BITS
-        works.append(Work(name, bits, trainers, rounds))
-    return works
+def linear_works(plan: Plan) -> list[Work]:
+    """Quantizers that have no codebook, between two linear maps; for both the best settings."""
+    signs = {"dim": BITS, "entropy_loss_weight": 0.0}
+    fsq = _pair(
+        plan,
+        lambda: FSQ(LEVELS),
+        lambda: vqp().FSQ(list(LEVELS)),
+    )
+    lfq = _pair(
+        plan,
+        lambda: LFQ(BITS, bound="tanh", regularize=False),
+        lambda: vqp().LFQ(soft_clamp_input_value=1.0, **signs),
+        commitment=0.0,
+    )
+    bsq = _pair(
+        plan,
+        lambda: BSQ(BITS, regularize=False),
+        lambda: vqp().LFQ(spherical=True, commitment_loss_weight=0.25, **signs),
+        commitment=0.25,
+    )
+    return [
+        Work(_FSQ, log2(prod(LEVELS)), plan, fsq),
+        Work(_LFQ, BITS, plan, lfq),
+        Work(_BSQ, BITS, plan, bsq),
+    ]
+
+
+def _pair(
+    plan: Plan, mine: Callable[[], Any], theirs: Callable[[], Any], **weights: float
+) -> dict[str, Callable[[], Trainer]]:
+    def of_vqp() -> Trainer:
+        vqp()
+        return behind_linear(VQP, theirs, plan)
+
+    return {XQ: lambda: behind_linear(XQ, mine, plan, **weights), VQP: of_vqp}
 
 
 def _vq_name(codebook_size: int) -> str:
@@ -141,28 +153,25 @@ def works(quick: bool) -> list[Work]:
     """All that is compared, from few bits to many."""
     if quick:
         plan = Plan(batch=512, epochs=1)
-        return [
-            vq_work(16, plan, 1),
-            rq_work(2, plan, 1),
-            pq_work(2, plan, 1),
-            *linear_works(plan, 1),
-        ]
-    plan = Plan(batch=1024, epochs=EPOCHS)
-    large = Plan(batch=4096, epochs=EPOCHS)
+        return [vq_work(16, plan), *linear_works(plan), pq_work(2, plan), rq_work(2, plan)]
+    plan = Plan(batch=2048, epochs=3)
     return [
-        vq_work(256, plan),
-        vq_work(1024, large),
-        vq_work(4096, replace(large, revive=0.1), 1),
-        *linear_works(plan),
-        pq_work(4, plan),
-        rq_work(4, plan),
-        pq_work(8, plan),
-        rq_work(8, plan, 1),
+        vq_work(256, Plan(batch=1536, epochs=1)),
+        vq_work(1024, plan),
+        vq_work(4096, Plan(batch=4096, epochs=3, revive=0.1)),
+        *linear_works(Plan(batch=1024, epochs=3)),
+        *(pq_work(parts, plan._replace(epochs=1)) for parts in (4, 8)),
+        *(rq_work(depth, plan) for depth in (4, 8)),
     ]
 
 
-def measured(work: Work, data: Patches) -> dict[str, Any]:
+def measured(work: Work, data: Patches, rounds: int) -> dict[str, Any]:
     """One case as JSON: contenders in turn, in another order each round.
+
+    Args:
+        work: The case.
+        data: What to train on, and to test on.
+        rounds: Seeds, each of which trains everything anew; fewer where that takes long.
 
     Raises:
         Red: If a quantizer of ours gives other codes than its definition.
@@ -175,17 +184,22 @@ def measured(work: Work, data: Patches) -> dict[str, Any]:
             skipped[name] = str(reason)
     names = list(trainers)
     runs: dict[str, list[dict[str, float | None]]] = {}
-    for seed in range(work.rounds):
+    begun = time.process_time()
+    for seed in range(rounds):
+        if time.process_time() - begun > SECONDS:
+            break
         turn = seed % len(names)
         for name in names[turn:] + names[:turn]:
             for coder, numbers in _run(trainers[name], data, seed):
                 runs.setdefault(coder.name, []).append(numbers)
-    ordered = sorted(runs, key=lambda name: (not name.startswith(XQ), len(name), name))
+    ordered = sorted(runs, key=lambda name: (not name.startswith(XQ), name))
     contenders = [_summary(name, runs[name]) for name in ordered]
     peers = [c for c in contenders if not c["ours"]]
     return {
         "name": work.name,
         "bits": work.bits,
+        "batch": work.plan.batch,
+        "epochs": work.plan.epochs,
         "skipped": skipped,
         "best_peer": min(peers, key=lambda c: c["mse"])["name"] if peers else None,
         "contenders": contenders,
@@ -310,8 +324,11 @@ ASKED: list[Asked] = [
             Error(_rq_name(depth), 0.88, XQ, XQ + BEAM),
         )
     ),
-    Error(None, 1.0, VQP),
-    Sooner(None, 1.0, FAISS),
+    # where both do the same arithmetic the last digits differ
+    Error(None, 1.001, VQP),
+    *(Sooner(_vq_name(codebook_size), 1.0, FAISS) for codebook_size in (256, 1024, 4096)),
+    *(Sooner(_pq_name(parts), 1.0, FAISS) for parts in (4, 8)),
+    *(Sooner(_rq_name(depth), 1.0, FAISS) for depth in (4, 8)),
 ]
 
 
@@ -323,14 +340,16 @@ def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for case in cases:
         cells = {c["name"]: _cell(c) for c in case["contenders"]}
         cells |= dict.fromkeys(case["skipped"], "left out")
-        rows.append([case["name"], f"{case['bits']:g}", *(cells.get(n, "") for n in names)])
-    return ["error x 1000, used share, training", "bits", *names], rows
+        known = (case["name"], f"{case['bits']:g}", str(case["epochs"]))
+        rows.append([*known, *(cells.get(n, "") for n in names)])
+    return ["error x 1000, used, training", "bits", "epochs", *names], rows
 
 
 def _cell(c: dict[str, Any]) -> str:
     # what only codes in another way was not trained again
     took = "" if c["used_train"] is None and c["ours"] else duration(c["cpu_seconds"])
-    return "<br>".join(filter(None, (_error(c["mse"]), _used(c["used_test"]), took)))
+    used = " / ".join(filter(None, (_used(c["used_test"]), _used(c["used_train"]))))
+    return "<br>".join(filter(None, (_error(c["mse"]), used, took)))
 
 
 def _error(mse: float) -> str:
@@ -344,7 +363,8 @@ def _used(part: float | None) -> str:
 def block(case: dict[str, Any]) -> str:
     """One case for the terminal, a line a contender."""
     head = ("error x 1000", "x xq", "used", "of train", "training", "coding")
-    lines = ["", f"{case['name']}   {case['bits']:g} bits"]
+    epochs = f"{case['epochs']} epoch{'s' if case['epochs'] > 1 else ''}"
+    lines = ["", f"{case['name']}   {case['bits']:g} bits, {epochs}, batches of {case['batch']}"]
     lines.append(f"{'':18}" + "".join(f"{name:>13}" for name in head))
     lead = case["contenders"][0]["mse"]
     for c in case["contenders"]:
@@ -401,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{data.words}; test variance x 1000: {_error(data.variance)}", flush=True)
     try:
         for work in works(options.quick):
-            document["cases"].append(measured(work, data))
+            document["cases"].append(measured(work, data, 1 if options.quick else ROUNDS))
             print(block(document["cases"][-1]), flush=True)
     except Red as red:
         print(f"\nRED, no numbers: {red}", file=sys.stderr)

@@ -77,4 +77,5 @@ def _drawn(paths: Sequence[Path], count: int, generator: torch.Generator) -> Ten
 def _of_picture(path: Path, count: int, generator: torch.Generator) -> Float[Tensor, "n dim"]:
     windows = read(path).unfold(1, SIDE, 1).unfold(2, SIDE, 1)
     y, x = (torch.randint(windows.shape[i], (count,), generator=generator) for i in (1, 2))
-    return windows[:, y, x].transpose(0, 1).reshape(count, DIM).float() / 255
+    # pixel by pixel, so that a part of a product is a piece of the patch
+    return windows[:, y, x].permute(1, 2, 3, 0).reshape(count, DIM).float() / 255

@@ -24,7 +24,7 @@ from common.log import Log
 from common.network import STRIDE, SmallDecoder, SmallEncoder, make_network, start_at_pca_
 from common.partials import save_partials
 from common.pictures import save_curves, save_grid, save_stack
-from common.quantizers import QUANTIZERS, RECIPES, Recipe
+from common.quantizers import QUANTIZERS, RECIPES, Recipe, start_codes_
 from common.speed import Speed
 from common.usage import used_shares
 from jaxtyping import Float, UInt8
@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         rotate=recipe.rotate,
     )
     tokenizer = Tokenizer(encoder, quantizer, decoder).to(device)
+    start_codes_(tokenizer, crops.batch(256).to(device))
     speed = _measured_speed(args, tokenizer, crops.batch(args.batch).to(device))
 
     out = Path(args.out or f"runs/{args.quantizer}")

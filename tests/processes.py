@@ -1,4 +1,4 @@
-"""Runs a function on several gloo processes; a hang is an error within a minute."""
+"""Runs a function on several gloo processes; a hang is an error within two minutes."""
 
 import time
 import warnings
@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # a collective that waits longer fails; so does the whole run, should something else hang
-COLLECTIVE_SECONDS, TOTAL_SECONDS = 20, 55
+COLLECTIVE_SECONDS, TOTAL_SECONDS = 30, 120
 
 
 def run_on_processes(

@@ -34,6 +34,13 @@ PROMISED = {
         Tokenizer Reconstruction CNNEncoder CNNDecoder LinearEncoder LinearDecoder
         teacher_forcing next_scale_input NextScale
     """,
+    "xq.losses": """
+        DiscriminatorLoss GeneratorLoss LeCam R1 discriminator_loss generator_loss lecam r1
+        adaptive_weight ramp
+        PatchGAN StyleGANDiscriminator DINODiscriminator DiffAug fading_blur
+        LPIPS lpips L1 L2 l1 l2 Composite CompositeLoss composite
+        CodebookLoss codebook_loss EntropyLoss entropy_loss code_entropy
+    """,
     "xq.metrics": "CodebookUsage Usage psnr",
     "xq.config": "describe build",
     "xq.pretrained": "Pretrained",

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from xq.losses import LeCam
 from xq.metrics import CodebookUsage
 from xq.models import CNNDecoder, CNNEncoder, LinearDecoder, LinearEncoder, Tokenizer
 from xq.quantizers import (
@@ -100,6 +101,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "ChannelFirst-Projected": lambda: ChannelFirst(Projected(BSQ(4), dim=6)),
     "Masked": lambda: Masked(ema(4, 7)),
     "Perturbed": lambda: Perturbed(VQ(4, 7), 3),
+    "LeCam": LeCam,
     "CodebookUsage": lambda: CodebookUsage(7, (2,), [(1, 1), (2, 2), (3, 3)]),
     "LinearEncoder": partial(LinearEncoder, 5, 2),
     "LinearDecoder": partial(LinearDecoder, 5, 2),

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-_PUBLIC = ("xq.quantizers", "xq.models")
+_PUBLIC = ("xq.quantizers", "xq.models", "xq.losses")
 
 
 def describe(value: Any) -> Any:

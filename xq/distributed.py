@@ -110,6 +110,53 @@ class _Sum(torch.autograd.Function):
         return grad, None
 
 
+def gather_with_gradient(
+    x: Float[Tensor, " b *shape"], group: Any = None
+) -> Float[Tensor, " global_b *shape"]:
+    """The rows of all processes, in the order of their ranks, differentiable.
+
+    The gradient of a row is the sum over processes of what each found for it.
+
+    Raises:
+        ValueError: If the processes do not bring equally many rows. On a GPU, and in a compiled
+            graph, where nobody looks, it is a failed assertion of the device.
+    """
+    if world_size(group) == 1:
+        return x
+    _check_alike(x, group)
+    return _Gather.apply(x, group)  # pyright: ignore[reportReturnType]
+
+
+def _check_alike(x: Tensor, group: Any) -> None:
+    """Refuses unequal numbers of rows, for which a collective would wait or read rubbish."""
+    length = torch.full((1,), len(x), dtype=torch.int64, device=x.device)
+    lengths = length.new_empty(world_size(group))
+    dist.all_gather_into_tensor(lengths, length, group=group)
+    way_out = "pad the smaller batches and pass keep=False for the padding, or drop the last batch"
+    if torch.compiler.is_compiling() or x.is_cuda:
+        message = f"processes bring batches of different sizes, here {len(x)}; {way_out}"
+        torch._assert_async((lengths == length).all(), message)
+    elif (lengths != length).any():
+        raise ValueError(f"processes bring batches of sizes {lengths.tolist()}; {way_out}")
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group, ctx.length = group, len(x)
+        rows = x.new_empty(world_size(group) * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(rows, x.contiguous(), group=group)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        # not every backend can reduce and scatter
+        grad = grads[0].clone()
+        dist.all_reduce(grad, group=ctx.group)
+        first = rank(ctx.group) * ctx.length
+        return grad[first : first + ctx.length], None
+
+
 def sharded_like(full: Shaped[Tensor, "..."], tensor: Tensor) -> Tensor:
     """`full`, which is alike on all processes, laid out as the parameter `tensor` is.
 

@@ -3,15 +3,22 @@
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from xq.models import Tokenizer
 from xq.quantizers import (
     BSQ,
     LFQ,
     VQ,
+    Codebook,
     EMACodebook,
     ProductQuantizer,
     Pyramid,
     Refine,
     ResidualQuantizer,
+    initialize,
 )
 
 EMA = partial(EMACodebook, decay=0.97)
@@ -36,6 +43,13 @@ QUANTIZERS = {
         ResidualQuantizer(BSQ(12, regularize=False), multiscale=pyramid(12)), P=2
     ),
 }
+
+
+@torch.no_grad()
+def start_codes_(tokenizer: Tokenizer, images: Float[Tensor, "b 3 h w"]) -> None:
+    """Sets the codebooks, if there are any, by k-means on what the encoder makes of the images."""
+    if any(isinstance(part, Codebook) for part in tokenizer.modules()):
+        initialize(tokenizer.quantizer, tokenizer.encoder(images), iterations=5)
 
 
 @dataclass(frozen=True)

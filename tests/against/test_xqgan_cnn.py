@@ -1,11 +1,11 @@
 """The CNN against XQ-GAN's own outputs; `__origin__` in each data file says what it holds."""
 
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hashed import hashed_parameter
 
 from xq.models.cnn import CNNDecoder, CNNEncoder
 
@@ -20,25 +20,6 @@ def load(*names: str) -> dict[str, torch.Tensor]:
         with np.load(DATA / f"{name}.npz", allow_pickle=False) as file:
             tensors |= {key: torch.from_numpy(file[key]) for key in file if key != "__origin__"}
     return tensors
-
-
-def hashed(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Numbers in (-1, 1) from the CRC-32 of a name and the positions, in integer arithmetic."""
-    word, mask = np.uint64(0x45D9F3B), np.uint64(0xFFFFFFFF)
-    x = np.arange(np.prod(shape, dtype=int), dtype=np.uint64) * np.uint64(2654435761)
-    x = (x + np.uint64(zlib.crc32(name.encode()))) & mask
-    for _ in range(2):
-        x = ((x ^ (x >> np.uint64(16))) * word) & mask
-    x ^= x >> np.uint64(16)
-    u = (x.astype(np.float64) + 0.5) / 2.0**31 - 1.0
-    return torch.from_numpy(u.astype(np.float32)).reshape(shape)
-
-
-def hashed_parameter(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    u = hashed(name, shape)
-    if len(shape) > 1:
-        return u * (3 * shape[0] / u.numel()) ** 0.5
-    return 1 + 0.1 * u if name.endswith("weight") else 0.1 * u
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from test_sync import SPLITS, CountReductions, batches
 from torch import Tensor
 
+from xq.losses import EntropyLoss, code_entropy
 from xq.quantizers import IBQ, LFQ, VQ, ProductQuantizer, Quantizer
 
 pytestmark = pytest.mark.distributed
@@ -33,6 +35,15 @@ def batch_entropy_of(leaf: Any, part: Tensor) -> dict[str, Any]:
     return {"batch": batch.detach(), "x": grads[0], "codes": grads[1], "calls": count.calls}
 
 
+def loss_of(part: Tensor, **options: bool) -> dict[str, Any]:
+    """A loss on scores of one's own."""
+    x = part.clone().requires_grad_()
+    with CountReductions() as count:
+        loss = EntropyLoss(partial(code_entropy, **options), per_token=0.0)(x)
+        (grad,) = torch.autograd.grad(loss, x)
+    return {"loss": loss.detach(), "x": grad, "calls": count.calls}
+
+
 def reductions_of(tree: Quantizer, part: Tensor) -> tuple[int, int]:
     """In a training step, and in all that does not learn."""
     with CountReductions() as learning:
@@ -50,6 +61,8 @@ def work(rank: int, join: Callable[[], None]) -> dict[Any, Any]:
     out: dict[Any, Any] = {}
     for split, sizes in SPLITS.items():
         part = batches()[0].split(sizes)[rank]
+        out["loss", split] = loss_of(part)
+        out["loss", split, "alone"] = loss_of(part, across_processes=False)
         for name, leaf in leaves().items():
             out[name, split] = batch_entropy_of(leaf, part)
         for name, leaf in leaves(across_processes=False).items():
@@ -97,3 +110,21 @@ def test_alone_it_is_that_of_its_own_batch(both, name, split):
 
 def test_one_reduction_each_way_for_a_batch_entropy_and_none_in_eval(both):
     assert [process["calls"] for process in both] == [(4, 0)] * 2
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_loss_on_scores_is_that_of_the_joint_batch_or_of_its_own(both, split):
+    want = loss_of(batches()[0])
+    for mine in (process["loss", split] for process in both):
+        torch.testing.assert_close(mine["loss"], want["loss"])
+        assert mine["calls"] == 2
+    grads = torch.cat([process["loss", split]["x"] for process in both])
+    torch.testing.assert_close(grads / 2, want["x"], rtol=1e-4, atol=1e-7)
+    for rank, process in enumerate(both):
+        want, mine = (
+            loss_of(batches()[0].split(SPLITS[split])[rank]),
+            process["loss", split, "alone"],
+        )
+        torch.testing.assert_close(mine["loss"], want["loss"])
+        torch.testing.assert_close(mine["x"], want["x"])
+        assert mine["calls"] == 0

@@ -14,20 +14,17 @@ from typing import Any
 import pytest
 import torch
 from allocations import peak_bytes
+from family import EMA, LEAVES, assert_same_state, nest, state, step
 from torch import Tensor
 
 from xq.quantizers import (
-    BSQ,
     FSQ,
-    IBQ,
     LFQ,
     VQ,
     ChannelFirst,
-    CodeSampling,
     DiVeQ,
     EMACodebook,
     GradientCodebook,
-    GumbelVQ,
     Masked,
     ProductQuantizer,
     Projected,
@@ -39,51 +36,7 @@ from xq.quantizers import (
     sign_entropy,
 )
 
-EMA = partial(EMACodebook, decay=0.8)
 MIB = 1 << 20
-LEAVES: dict[str, Callable[[], Any]] = {
-    "vq": lambda: VQ(4, 17),
-    "unit vq": lambda: VQ(4, 17, normalize=True),
-    "cosine vq": lambda: VQ(4, 17, metric="cosine"),
-    "ema": lambda: VQ(4, 17, codebook=EMA),
-    "revived": lambda: VQ(4, 17, codebook=partial(GradientCodebook, revive=0.1)),
-    "sim": lambda: VQ(4, 17, codebook=SimCodebook),
-    "rotated": lambda: VQ(4, 17, estimator=rotation_trick),
-    "diveq": lambda: VQ(4, 17, estimator=DiVeQ()),
-    "drawn": lambda: VQ(4, 17, sampling=CodeSampling(1.0)),
-    "regularized": lambda: VQ(4, 17, entropy_temperature=0.1),
-    "ibq": lambda: IBQ(4, 17),
-    "gumbel": lambda: GumbelVQ(4, 17),
-    "lfq": lambda: LFQ(4),
-    "bsq": lambda: BSQ(4),
-    "fsq": lambda: FSQ([5, 4, 3, 2]),
-}
-
-
-def state(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {key: tensor.clone() for key, tensor in module.state_dict().items()}
-
-
-def assert_same_state(module: torch.nn.Module, want: dict[str, Tensor]) -> None:
-    assert list(module.state_dict()) == list(want)
-    for key, tensor in module.state_dict().items():
-        assert torch.equal(tensor, want[key]), key
-
-
-def nest(leaf: Any) -> Any:
-    """A residual of it where there can be one, a product otherwise."""
-    if isinstance(leaf, IBQ | GumbelVQ):
-        return ProductQuantizer(leaf, P=2)
-    return ResidualQuantizer(ProductQuantizer(leaf, P=2), 2)
-
-
-def step(quantizer: Any, x: Tensor) -> Any:
-    """A training step without an optimizer."""
-    out = quantizer(x)
-    loss = out.z.square().sum() + out.losses.total()
-    if loss.requires_grad:
-        loss.backward()
-    return out
 
 
 @pytest.mark.parametrize(
@@ -151,6 +104,7 @@ def test_defect_07_masks_and_searches_in_eval_mode() -> None:
         masked.train(training)
         z, indices, _ = masked(x, mask=mask)
         assert torch.equal(z.movedim(1, -1)[mask], quantizer(last[mask]).z)
+        assert (indices[~mask] == -1).all()
         near = torch.cdist(last, leaf.codebook.weight).topk(3, largest=False).indices
         assert torch.equal(leaf.candidates(last, 3), near)
         found.append(beam_encode(masked, x, 4, mask=mask))
@@ -262,6 +216,7 @@ def test_defect_14_groups_of_levels_and_uneven_parts() -> None:
     levels = ChannelFirst(ProductQuantizer(ResidualQuantizer(FSQ([5, 4, 3]), 2), P=2))
     x = torch.randn(2, 6, 3, 5)
     z, indices, _ = levels(x)
+    assert z.shape == x.shape
     assert indices.shape == (2, 3, 5, 2, 2)
     assert torch.equal(levels.decode(indices), z)
     uneven = ProductQuantizer([ResidualQuantizer(VQ(d, 9), 2) for d in (1, 3, 2)])
@@ -361,14 +316,14 @@ def test_defect_20_decode_gives_what_the_decoder_saw(decay: float) -> None:
 @pytest.mark.parametrize("name", LEAVES)
 def test_defect_21_no_state_and_no_eval_loss_has_a_gradient(name: str) -> None:
     """After a step a buffer and eval losses require gradients; in bfloat16 losses are rounded."""
-    quantizer = nest(LEAVES[name]())
+    quantizer = LEAVES[name]()
     for _ in range(2):
-        step(quantizer, torch.randn(50, 8, requires_grad=True))
+        step(quantizer, torch.randn(50, 4, requires_grad=True))
     assert not any(buffer.requires_grad for buffer in quantizer.buffers())
     quantizer.eval().requires_grad_(False)
-    assert not any(loss.requires_grad for loss in quantizer(torch.randn(50, 8)).losses)
+    assert not any(loss.requires_grad for loss in quantizer(torch.randn(50, 4)).losses)
     quantizer.bfloat16()
-    z, _, losses = quantizer(torch.randn(50, 8, dtype=torch.bfloat16))
+    z, _, losses = quantizer(torch.randn(50, 4, dtype=torch.bfloat16))
     assert z.dtype == torch.bfloat16
     assert all(loss.dtype == torch.float32 for loss in losses)
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from family import state
+from torch import Tensor
 
 from xq.quantizers import (
     LFQ,
@@ -39,10 +40,6 @@ def parts(split: str, rank: int) -> list[Tensor]:
 
 def averages(revive: float = 0.0) -> VQ:
     return VQ(4, 6, codebook=partial(EMACodebook, decay=0.8, revive=revive))
-
-
-def state(module: nn.Module) -> dict[str, Tensor]:
-    return {key: tensor.clone() for key, tensor in module.state_dict().items()}
 
 
 def counted(run: Callable[[], Any]) -> int:

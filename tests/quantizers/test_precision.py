@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xq.quantizers.precision import float32_island, widen
+from xq.precision import float32_island, widen
 
 
 @pytest.mark.parametrize("wide", [True, False])

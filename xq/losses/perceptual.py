@@ -1,16 +1,15 @@
 """LPIPS: how different two images look to a network trained on photographs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from xq.losses.trunks import NETS, PathLike, Trunk, load_heads_, load_trunk_
-from xq.quantizers.precision import Float32, eager, float32_island
+from xq.precision import Float32, eager
 
 # lpips' own; only features of length zero notice it
 _EPS = 1e-10
@@ -26,7 +25,7 @@ def lpips(
     image: Float[Tensor, "b 3 h w"],
     target: Float[Tensor, "b 3 h w"],
     trunk: Trunk,
-    heads: Sequence[Float[Tensor, " channels"]],
+    heads: Sequence[Float[Tensor, " _"]],
 ) -> Float[Tensor, " b"]:
     """The distance of each image from its target (Zhang et al. 2018, equation 1).
 
@@ -43,15 +42,18 @@ def lpips(
         image, target = layer(image), layer(target)
         if i in trunk.taps:
             difference = _unit(image) - _unit(target)
-            total = total + difference.square().mean((2, 3)) @ next(weights)
+            # no matrix product, which autocast would round
+            total = total + (difference.square().mean((2, 3)) * next(weights)).sum(1)
     return total
 
 
 def _unit(features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Vectors over channels with length 1, in float32: half a mantissa would not tell them apart."""
+    """Vectors over channels of length 1, in float32: differences of rounded ones are noise."""
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    # the norm has gradient zero at zero, where the root of a sum of squares has NaN
-    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + _EPS)
+    squares = features.square().sum(1, keepdim=True)
+    # a root has no finite slope at zero; below a floor it has none
+    length = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
+    return features * (length + _EPS).reciprocal()
 
 
 class LPIPS(Float32):
@@ -61,14 +63,15 @@ class LPIPS(Float32):
     for images in 0..1, pass `2 * x - 1`. There is no dropout, in training mode either, nothing to
     train, and nothing in `state_dict()`. `distances` gives a number an image.
 
-    Memory stays bounded: a part of the batch at a time, the gradient is computed together with
-    the distance, and the backward pass only scales it, as often as it is asked for (`adaptive_weight`
-    asks twice). So call it under `torch.no_grad()` where nobody wants gradients; there are no second
-    derivatives. A compiled graph leaves all that to the compiler.
+    Memory stays bounded: the batch passes in parts, each gradient is computed together with its
+    distance, and the backward pass only scales it, as often as it is asked for (an adaptive weight
+    asks twice). So mind `torch.no_grad()` where nobody wants gradients; there are no second
+    derivatives. A compiled graph leaves all of this to the compiler.
 
-    The trunk follows bfloat16 autocast, its features are compared in float32; under float16, in
-    which gradients of single pixels vanish, it stays in float32. On a GPU
-    `.to(memory_format=torch.channels_last)` may help.
+    The trunk follows bfloat16 autocast, and its features are compared in float32. Under float16,
+    in which gradients of single pixels vanish, it stays in float32. Within a module that
+    DistributedDataParallel wraps, pass that `broadcast_buffers=False`: the frozen weights are
+    buffers, alike on all processes.
 
     Args:
         net: "vgg" (as a loss), "alex" (as a measure) or "squeeze".
@@ -84,6 +87,9 @@ class LPIPS(Float32):
         ValueError: If `net` is unknown, or a file does not fit it.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(
         self, net: str = "vgg", *, weights: PathLike | None = None, heads: PathLike | None = None
     ) -> None:
@@ -94,7 +100,7 @@ class LPIPS(Float32):
         self.trunk = Trunk(net)
         for i, channels in enumerate(NETS[net].channels):
             self.register_buffer(f"lin{i}", torch.empty(channels), persistent=False)
-        load_heads_({name: b for name, b in self.named_buffers(recurse=False)}, net, heads)
+        load_heads_(dict(self.named_buffers(recurse=False)), net, heads)
         load_trunk_(self.trunk, net, weights)
         for name, colours in (("shift", _SHIFT), ("scale", _SCALE)):
             colours = torch.tensor(colours).view(1, 3, 1, 1)
@@ -122,9 +128,109 @@ class LPIPS(Float32):
         """The distance of each image from its target, as `forward` takes them."""
         self._check(image, target)
         image, target = self._normalized(image), self._normalized(target)
-        with _reduced_precision(image.device.type):
+        with _no_float16(image.device.type):
             if torch.compiler.is_compiling():
                 return self._distances(image, target)
             if torch.is_grad_enabled() and (image.requires_grad or target.requires_grad):
-                return _WithGradient.apply(image, target, self)  # pyright: ignore
-            return torch.cat([self._distances(*part) for part in self.parts(image, target)])
+                return _WithGradient.apply(image, target, self._distances)  # pyright: ignore
+            return torch.cat([self._distances(*part) for part in _parts(image, target)])
+
+    def _distances(
+        self, image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, " b"]:
+        heads = [getattr(self, f"lin{i}") for i in range(len(self.trunk.taps))]
+        return lpips(image, target, self.trunk, heads)
+
+    def _normalized(self, image: Tensor) -> Float[Tensor, "b 3 h w"]:
+        return (image.to(self.shift.dtype) - self.shift) / self.scale
+
+    def _check(self, image: Tensor, target: Tensor) -> None:
+        for name, x in (("image", image), ("target", target)):
+            if not x.is_floating_point():
+                raise ValueError(
+                    f"LPIPS expects images of floats in -1..1, got {name} of {x.dtype}; "
+                    "for bytes pass x / 127.5 - 1"
+                )
+            if x.ndim != 4 or x.shape[1] != 3:
+                raise ValueError(
+                    f"LPIPS expects images of shape (b, 3, h, w), got {name} of {tuple(x.shape)}; "
+                    "a grey one goes in as x.expand(-1, 3, -1, -1)"
+                )
+        if image.shape != target.shape:
+            raise ValueError(
+                f"LPIPS compares images of one shape, got {tuple(image.shape)} and a target of "
+                f"{tuple(target.shape)}"
+            )
+        smallest = NETS[self.net].smallest
+        if min(image.shape[2:]) < smallest:
+            raise ValueError(
+                f"LPIPS with net={self.net!r} needs images of {smallest} x {smallest} or more, "
+                f"got {tuple(image.shape[2:])}; enlarge both first"
+            )
+        if not self._range_is_checked and eager(target) and target.numel():
+            low, high = (float(v) for v in torch.aminmax(target.detach()))
+            if low < -_LIMIT or high > _LIMIT:
+                raise ValueError(
+                    f"LPIPS expects a target in -1..1, got values from {low:.4g} to {high:.4g}; "
+                    "pass x / 127.5 - 1 of bytes, and no image normalized for a classifier"
+                )
+            self._range_is_checked = True
+
+    def extra_repr(self) -> str:
+        return f"net={self.net!r}"
+
+
+class _WithGradient(torch.autograd.Function):
+    """Distances whose gradient is computed with them, a few images at a time.
+
+    A distance depends on its own images alone, so backward is a product with one number an image.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: Tensor,
+        target: Tensor,
+        measure: Callable[[Tensor, Tensor], Tensor],
+    ) -> Float[Tensor, " b"]:
+        wanted = ctx.needs_input_grad[:2]
+        values, gradients = [], []
+        for part in _parts(image, target):
+            with torch.enable_grad():
+                part = [x.detach().requires_grad_(w) for x, w in zip(part, wanted, strict=True)]
+                distances = measure(*part)
+                total = distances.sum()
+            gradients.append(torch.autograd.grad(total, [x for x in part if x.requires_grad]))
+            values.append(distances.detach())
+        ctx.save_for_backward(*(torch.cat(found) for found in zip(*gradients, strict=True)))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        # with create_graph=True; what was saved would pass for a constant
+        if torch.is_grad_enabled():
+            raise NotImplementedError("LPIPS has no second derivative, so no create_graph=True")
+        each = grads[0][:, None, None, None]
+        saved = iter(ctx.saved_tensors)
+        image, target = (each * next(saved) if w else None for w in ctx.needs_input_grad[:2])
+        return image, target, None
+
+
+def _parts(
+    image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """So many images at a time that their features stay few."""
+    height, width = image.shape[2:]
+    pixels = _PIXELS if image.device.type == "cpu" else _PIXELS_GPU
+    length = max(pixels // (height * width), 1)
+    return zip(image.split(length), target.split(length), strict=True)
+
+
+def _no_float16(device_type: str) -> Any:
+    """A context without float16 autocast; bfloat16, which has float32's exponents, may stay."""
+    if (
+        torch.is_autocast_enabled(device_type)
+        and torch.get_autocast_dtype(device_type) == torch.float16
+    ):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

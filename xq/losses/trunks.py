@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 PathLike = str | os.PathLike[str]
@@ -201,21 +202,27 @@ def read_state(argument: str, path: PathLike, prefix: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"LPIPS finds no file {argument}={path}")
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _contents(path)
     except (SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"LPIPS cannot read {argument}={path}, which is damaged or no plain state dict "
-            f"(.safetensors, .pth): {error}"
+            f"(.safetensors or .pth): {error}"
         ) from error
     return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
+def _contents(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError("it holds something else than tensors by name")
+    return state
+
+
 def _download(net: str) -> dict[str, Any]:
-    """torchvision's file, from torch.hub's cache if it was there before."""
-    _, _, _, _, name, url = NETS[net]
+    """The file of torchvision, from torch.hub's cache if it was there before."""
+    name, url = NETS[net].name, NETS[net].url
     try:
         return torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from xq.precision import float32_island
 from xq.quantizers import Quantizer, Wrapper
 from xq.quantizers.checks import checked_indices
 from xq.quantizers.memo import one_call
-from xq.quantizers.precision import float32_island
 from xq.quantizers.resample import area
 
 

@@ -11,12 +11,12 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.utils import _pytree
 
+from xq.precision import Float32, float32_island, widen
 from xq.pretrained import Pretrained
 from xq.quantizers.checks import check_finite, check_input, checked_depth, checked_indices
 from xq.quantizers.codebook import finish_learning, start_learning
 from xq.quantizers.estimators import straight_through
 from xq.quantizers.memo import one_call
-from xq.quantizers.precision import Float32, float32_island, widen
 
 Scales = tuple[int | tuple[int, int], ...]
 # what callers may write for them: sides or (h, w) pairs, in any sequence

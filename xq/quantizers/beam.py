@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from xq.precision import float32_island, widen
 from xq.quantizers.base import Quantizer
 from xq.quantizers.checks import check_finite, check_input
 from xq.quantizers.lookup.pairs import PairSearch, smallest
 from xq.quantizers.memo import once, one_call
-from xq.quantizers.precision import float32_island, widen
 from xq.quantizers.product import ProductQuantizer
 from xq.quantizers.residual import ResidualQuantizer
 from xq.quantizers.shrink import Shrink, divided, multiplied, power

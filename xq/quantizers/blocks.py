@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from xq.quantizers.precision import float32_island
+from xq.precision import float32_island
 
 # scores in flight: 2 MiB of float32 stay in the caches of two cores; a GPU has more to fill
 _SCORES, _SCORES_GPU = 1 << 19, 1 << 23

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from xq.quantizers.precision import eager
+from xq.precision import eager
 
 if TYPE_CHECKING:
     from xq.quantizers.base import Depth, Quantizer

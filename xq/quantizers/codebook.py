@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from xq.distributed import SharedGroup, all_reduce_sum_
+from xq.learning import is_learning
 
 
 class Codebook(nn.Module, ABC):
@@ -175,19 +176,6 @@ def has_parameters(module: nn.Module) -> bool:
     for _ in module.parameters():
         return True
     return False
-
-
-def is_learning(module: nn.Module) -> bool:
-    """Whether state may change: in training, with gradients on, never inside a backward pass.
-
-    So validation under `no_grad` cannot corrupt an average, and what activation checkpointing
-    recomputes (with `use_reentrant=False`) is not learned from twice.
-    """
-    return module.training and torch.is_grad_enabled() and not _in_backward()
-
-
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def start_learning(root: nn.Module) -> list[Codebook]:

@@ -80,7 +80,7 @@ class EMACodebook(CountingCodebook):
             for sums in (self.count, self.total, self.step):
                 sums.zero_()
             self.clear()
-        self.carries = False
+        self.carries = self.has_drawn = False
 
     def codes(self) -> Float[Tensor, "codebook_size dim"]:
         return self.weight

@@ -82,7 +82,8 @@ class GradientCodebook(CountingCodebook):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        self._revive()
+        if self.counting:
+            self._revive()
 
     @torch.no_grad()
     def fold(self) -> None:

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from xq.precision import Float32, eager, float32_island, widen
 from xq.pretrained import Pretrained
 from xq.quantizers.lookup import nearest
-from xq.quantizers.precision import Float32, eager, float32_island, widen
 
 
 class RandomProjectionQuantizer(Float32, Pretrained):

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from xq.distributed import rank, world_size
-from xq.quantizers.codebook import Codebook, is_learning
+from xq.learning import is_learning
+from xq.quantizers.codebook import Codebook
 
 # what a revived code weighs, as a share of the fair count: enough to be seen before it is judged
 _MASS = 0.3
@@ -84,7 +85,8 @@ class CountingCodebook(Codebook):
             indices = indices.reshape(-1)
             vectors = u.reshape(-1, self.dim).to(self.count.dtype)
             # one NaN, such as mixed precision makes now and then, would stay in the averages
-            finite = vectors.isfinite().all(-1)
+            # told by the sum, a pass and not three: too large for it is too large for distances
+            finite = vectors.sum(-1).isfinite()
             vectors = vectors.where(finite[:, None], 0.0)
             self.pending_count.index_add_(0, indices, finite.to(vectors.dtype))
             self.add(vectors, indices)
@@ -124,23 +126,24 @@ class CountingCodebook(Codebook):
         """Picks rows, spread over the batch; of several calls in a step each is as likely."""
         n, slots = len(vectors), len(self.pending_samples)
         slot = torch.arange(slots, device=vectors.device)
-        noise = _hashed(slot + slots * _hashed(self.step * 64 + self.pending_visits))
+        noise = _hashed(slot + slots * (self.step * 64 + self.pending_visits))
         stride = max(n // slots, 1)
         # one in each stretch of the batch, wherever that begins
-        row = (slot * stride + noise % stride + _hashed(self.step)) % n
+        row = (slot * stride + noise % stride + (noise[:1] >> 24)) % n
         there = finite[row] & (slot < n)
         new = torch.cat([vectors[row], there[:, None].to(vectors.dtype)], dim=1)
         self.pending_visits.add_(1)
-        taken = (_hashed(noise) % self.pending_visits == 0) | (self.pending_samples[:, -1] == 0)
+        taken = ((noise >> 32) % self.pending_visits == 0) | (self.pending_samples[:, -1] == 0)
         taken = (taken & there)[:, None]
         self.pending_samples.copy_(torch.where(taken, new, self.pending_samples))
 
     def candidates(self) -> Float[Tensor, "rows {self.dim+1}"]:
-        """The rows that all processes offer, those that are there first."""
-        offers = self.pending_samples
-        if world_size(self.process_group) > 1:
-            offers = self._offers.flatten(0, 1)
-            del self._offers
+        """The rows that processes offer."""
+        if world_size(self.process_group) == 1:
+            return self.pending_samples
+        offers = self._offers.flatten(0, 1)
+        del self._offers
+        # those first that are there: some processes may have no vectors
         first = offers[:, -1].argsort(descending=True, stable=True)
         return offers[first[: len(self.pending_samples)]]
 

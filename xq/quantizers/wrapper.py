@@ -9,9 +9,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from xq.config import describe
+from xq.precision import Float32, float32_island, widen
 from xq.pretrained import Pretrained
 from xq.quantizers.base import Quantized, Quantizer, Scales, ScalesLike
-from xq.quantizers.precision import Float32, float32_island, widen
 from xq.quantizers.sharing import sharing
 
 

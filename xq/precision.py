@@ -1,4 +1,4 @@
-"""Quantizers work in float32 (or wider), whatever autocast and the module's dtype say."""
+"""Work in float32 (or wider), whatever autocast and a module's dtype say."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def widen(x: Tensor) -> Tensor:
-    """`x` in float32, or as it is if it is wider: half a mantissa would flip indices."""
+    """`x` in float32, or as it is if it is wider: half a mantissa flips indices and spoils sums."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
@@ -53,8 +53,8 @@ def _full_float32(device_type: str) -> Iterator[None]:
 class Float32(nn.Module):
     """A module whose tensors move with `.to()` but are never rounded below float32.
 
-    So `.half()` and `.bfloat16()` models find the same codes; torch's RNNs override `_apply` for
-    a like purpose.
+    So `.half()` and `.bfloat16()` models find the same codes and keep their averages; torch's RNNs
+    override `_apply` for a like purpose.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32":
