@@ -1,34 +1,32 @@
 """Aligns one branch of a product to a frozen teacher, and looks whether it sees more than before.
 
-python examples/align_features.py                          demo pictures, a teacher of random weights
+python examples/align_features.py                          the demo's pictures, random teacher
 python examples/align_features.py --data DIR --teacher tf_efficientnet_lite0 --weights FILE
-python examples/align_features.py --teacher vit_small_patch14_dinov2 ...     any model of timm
 
 Trains the same small tokenizer twice, without and with the loss. Then a crop of each held-out tile
 looks for the other crop of the same tile among those of all tiles, by the mean code of the branch.
+A teacher with random weights sees colours and edges: with it, the demo shows that the branch takes
+after its teacher, not that this is of use.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from common.data import find_pictures, read, to_float
 from common.network import SmallDecoder, SmallEncoder
-from jaxtyping import Float, UInt8
+from common.views import VIEW, VIEWS, load_views
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from xq.losses import ContrastiveLoss, FeatureAlignment, Features, Teacher, TimmTeacher
 from xq.quantizers import BSQ, ProductQuantizer
 
-# the teacher sees views of this side, the tokenizer has them at half of it
-VIEW = 128
-# views of each tile to train on
-VIEWS = 4
+# channels of a branch, a bit each
 DIM = 16
 
 
@@ -38,19 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     torch.manual_seed(args.seed)
     try:
         teacher = load_teacher(args)
-        train, held_out = load_views(args)
+        train, held_out = load_views(args.data, args.tile, args.seed)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    kind = "trained" if args.weights else "random: what follows shows that it works, not that it is"
-    print(f"teacher {args.teacher}, weights {kind}{'' if args.weights else ' of use'}")
+    print(f"teacher {args.teacher} with {'trained' if args.weights else 'random'} weights")
     # what the teacher sees of each view stays the same, so it is computed once
     features = see(teacher, train.flatten(0, 1))
-    found = {"teacher": retrieval(*(see(teacher, views).token for views in held_out.unbind(1)))}
-    results = {"teacher": {"retrieval": found["teacher"]}}
+    results = {
+        "teacher": {"retrieval": retrieval(*(see(teacher, v).token for v in held_out.unbind(1)))}
+    }
     for name, weight in (("unaligned", 0.0), ("aligned", args.weight)):
         results[name] = train_tokenizer(teacher, train, features, held_out, weight, args)
         print(f"{name:<10}" + "".join(f"  {k} {v:.3f}" for k, v in results[name].items()))
-    print(f"{'teacher':<10}  retrieval {found['teacher']:.3f}")
+    print(f"{'teacher':<10}  retrieval {results['teacher']['retrieval']:.3f}")
     print(f"by chance   retrieval {1 / len(held_out):.3f}  ({len(held_out)} held-out tiles)")
     return results
 
@@ -67,9 +65,12 @@ def train_tokenizer(
     torch.manual_seed(args.seed)
     quantizer = ProductQuantizer([BSQ(DIM), BSQ(DIM)])
     encoder, decoder = SmallEncoder(2 * DIM, 32), SmallDecoder(2 * DIM, 32)
+    # both start at zero, which has no direction on BSQ's sphere
+    nn.init.xavier_uniform_(encoder.last.weight)
     alignment = FeatureAlignment(teacher, DIM, loss=ContrastiveLoss(0.1))
     model = nn.ModuleList([encoder, quantizer, decoder, alignment])
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    # the tokenizer works at half the resolution
     images = F.avg_pool2d(train.flatten(0, 1), 2)
     history: list[tuple[float, float]] = []
     for _ in range(args.steps):
@@ -95,7 +96,7 @@ def train_tokenizer(
 @torch.no_grad()
 def branch_code(model: nn.ModuleList, views: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n dim"]:
     """The mean code of the last branch, over places."""
-    encoder, quantizer, *_ = model
+    encoder, quantizer, *_ = (cast(Any, part) for part in model)
     z = [quantizer(encoder(F.avg_pool2d(part, 2))).z for part in views.split(64)]
     return quantizer.split(torch.cat(z))[-1].mean((1, 2))
 
@@ -120,40 +121,6 @@ def load_teacher(args: argparse.Namespace) -> Teacher:
     return TimmTeacher(timm.create_model(args.teacher), size=VIEW)
 
 
-def load_views(
-    args: argparse.Namespace,
-) -> tuple[Float[Tensor, "n views 3 h w"], Float[Tensor, "m 2 3 h w"]]:
-    """Random crops of tiles: several of each to train on, two of every fourth, held out."""
-    paths = [path for part in find_pictures(args.data) for path in part]
-    cut = [_tiles(read(path), args.tile) for path in paths]
-    tiles = torch.cat(cut)
-    held_out = torch.arange(len(tiles)) % 4 == 3
-    if held_out.sum() < 2:
-        raise ValueError(
-            f"--data {args.data} has {len(tiles)} tiles of {args.tile} pixels, below 8"
-        )
-    random = np.random.default_rng(args.seed)
-    train = torch.stack([_views(tile, VIEWS, random) for tile in tiles[~held_out]])
-    return train, torch.stack([_views(tile, 2, random) for tile in tiles[held_out]])
-
-
-def _tiles(picture: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "n 3 side side"]:
-    height, width = (length // side for length in picture.shape[1:])
-    whole = picture[:, : height * side, : width * side]
-    return whole.unfold(1, side, side).unfold(2, side, side).permute(1, 2, 0, 3, 4).flatten(0, 1)
-
-
-def _views(tile: UInt8[Tensor, "3 h w"], count: int, random: np.random.Generator) -> Tensor:
-    found = []
-    for _ in range(count):
-        side = int(random.integers(int(0.6 * tile.shape[1]), int(0.9 * tile.shape[1])))
-        y, x = (random.integers(tile.shape[1] - side + 1) for _ in range(2))
-        crop = to_float(tile[None, :, y : y + side, x : x + side])
-        crop = crop.flip(3) if random.random() < 0.5 else crop
-        found.append(F.interpolate(crop, size=VIEW, mode="bilinear", antialias=True)[0])
-    return torch.stack(found)
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", default="demo", help='"demo" or a folder of pictures')
@@ -161,7 +128,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="its weights; random ones by default")
     parser.add_argument("--weight", type=float, default=0.1, help="of the alignment in the loss")
     parser.add_argument("--tile", type=int, default=128, help="side of a tile, in pixels")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

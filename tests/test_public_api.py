@@ -40,6 +40,8 @@ PROMISED = {
         PatchGAN StyleGANDiscriminator DINODiscriminator DiffAug fading_blur
         LPIPS lpips L1 L2 l1 l2 Composite CompositeLoss composite
         CodebookLoss codebook_loss EntropyLoss entropy_loss code_entropy
+        FeatureAlignment Teacher TimmTeacher CLIPTeacher Features
+        ContrastiveLoss contrastive_loss CosineLoss cosine_loss cooling_temperature
     """,
     "xq.metrics": "CodebookUsage Usage psnr",
     "xq.config": "describe build",

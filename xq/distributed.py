@@ -135,7 +135,8 @@ def _check_alike(x: Tensor, group: Any) -> None:
     way_out = "pad the smaller batches and pass keep=False for the padding, or drop the last batch"
     if torch.compiler.is_compiling() or x.is_cuda:
         message = f"processes bring batches of different sizes, here {len(x)}; {way_out}"
-        torch._assert_async((lengths == length).all(), message)
+        check: Any = torch.ops.aten._assert_async.msg
+        check((lengths == length).all(), message)
     elif (lengths != length).any():
         raise ValueError(f"processes bring batches of sizes {lengths.tolist()}; {way_out}")
 

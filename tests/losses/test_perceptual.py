@@ -168,10 +168,9 @@ def test_moves_but_is_not_rounded(folder):
 def test_parts_of_a_batch_change_nothing(folder, gradients, monkeypatch):
     loss, (image, target) = make(folder), pair(5, 40, 40)
     image.requires_grad_(gradients)
-    monkeypatch.setattr(perceptual, "_PIXELS", 5 * 1600)
     want = loss.distances(image, target)
     calls, plain = [], loss._distances
-    monkeypatch.setattr(perceptual, "_PIXELS", 2 * 1600 + 1)
+    monkeypatch.setitem(NETS, "alex", NETS["alex"]._replace(pixels=2 * 1600 + 1))
     monkeypatch.setattr(loss, "_distances", lambda *x: calls.append(len(x[0])) or plain(*x))
     found = loss.distances(image, target)
     assert calls == [2, 2, 1]
@@ -183,7 +182,7 @@ def test_parts_of_a_batch_change_nothing(folder, gradients, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_batch(folder, monkeypatch):
-    monkeypatch.setattr(perceptual, "_PIXELS", 64 * 64)
+    monkeypatch.setitem(NETS, "alex", NETS["alex"]._replace(pixels=64 * 64))
     loss = make(folder)
 
     def step(batch: int) -> int:

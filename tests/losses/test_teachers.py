@@ -213,6 +213,12 @@ def test_sizes_are_whole_patches(tmp_path):
         TimmTeacher(timm.create_model("test_vit", img_size=48), size=50)
 
 
+def test_sizes_are_positive():
+    for make in (TimmTeacher, CLIPTeacher):
+        with pytest.raises(ValueError, match=f"{make.__name__} needs a positive size, got 0"):
+            make("test_vit", size=0)
+
+
 def test_missing_packages_name_the_extra(monkeypatch):
     for package in ("timm", "open_clip"):
         monkeypatch.setitem(importlib.import_module("sys").modules, package, None)

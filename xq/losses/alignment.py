@@ -69,10 +69,10 @@ class FeatureAlignment(Float32):
             )
         self.teacher, self.dim, self.level = teacher, dim, level
         self.loss = ContrastiveLoss() if loss is None else loss
-        sizes = (teacher.token_dim if level == "token" else teacher.patch_dim, dim)
+        inputs, outputs = teacher.token_dim if level == "token" else teacher.patch_dim, dim
         if self.loss.projects_student:
-            sizes = sizes[::-1]
-        self.projector = nn.Linear(*sizes) if projector is None else projector
+            inputs, outputs = outputs, inputs
+        self.projector = nn.Linear(inputs, outputs) if projector is None else projector
 
     def forward(
         self,
@@ -144,11 +144,11 @@ def _on_one_grid(
     target: Float[Tensor, "b h w inner"], z: Float[Tensor, "b H W dim"]
 ) -> tuple[Float[Tensor, "b y x inner"], Float[Tensor, "b y x dim"]]:
     """Both averaged over places to the coarser of their grids, axis by axis."""
-    size = tuple(min(a, b) for a, b in zip(target.shape[1:3], z.shape[1:3], strict=True))
+    size = min(target.shape[1], z.shape[1]), min(target.shape[2], z.shape[2])
     return _pooled(target, size), _pooled(z, size)
 
 
-def _pooled(x: Float[Tensor, "b h w c"], size: tuple[int, ...]) -> Float[Tensor, "b y x c"]:
+def _pooled(x: Float[Tensor, "b h w c"], size: tuple[int, int]) -> Float[Tensor, "b y x c"]:
     if x.shape[1:3] == size:
         return x
     x = F.adaptive_avg_pool2d(rearrange(x, "b h w c -> b c h w"), size)

@@ -235,7 +235,9 @@ class _Pairs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> Any:
         queries, keys, kept, all_kept, *normalizers = ctx.saved_tensors
         of_queries, of_keys = torch.zeros_like(queries), torch.zeros_like(keys)
         with float32_island(queries.device.type):

@@ -1,6 +1,6 @@
 """LPIPS: how different two images look to a network trained on photographs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,8 +15,8 @@ from xq.precision import Float32, eager
 _EPS = 1e-10
 # mean and deviation of ImageNet's colours, for images in -1..1
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-# pixels whose features are held at a time: an image of 256 x 256, on a GPU eight
-_PIXELS, _PIXELS_GPU = 1 << 16, 1 << 19
+# a GPU has more to fill, with more images at a time
+_GPU = 8
 # resampling overshoots a little; beyond this the images have another range
 _LIMIT = 1.5
 
@@ -131,15 +131,22 @@ class LPIPS(Float32):
         with _no_float16(image.device.type):
             if torch.compiler.is_compiling():
                 return self._distances(image, target)
+            length = self._images_at_a_time(image)
             if torch.is_grad_enabled() and (image.requires_grad or target.requires_grad):
-                return _WithGradient.apply(image, target, self._distances)  # pyright: ignore
-            return torch.cat([self._distances(*part) for part in _parts(image, target)])
+                return _WithGradient.apply(image, target, self._distances, length)  # pyright: ignore
+            parts = zip(image.split(length), target.split(length), strict=True)
+            return torch.cat([self._distances(*part) for part in parts])
 
     def _distances(
         self, image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"]
     ) -> Float[Tensor, " b"]:
         heads = [getattr(self, f"lin{i}") for i in range(len(self.trunk.taps))]
         return lpips(image, target, self.trunk, heads)
+
+    def _images_at_a_time(self, image: Tensor) -> int:
+        height, width = image.shape[2:]
+        pixels = NETS[self.net].pixels * (1 if image.device.type == "cpu" else _GPU)
+        return max(pixels // (height * width), 1)
 
     def _normalized(self, image: Tensor) -> Float[Tensor, "b 3 h w"]:
         return (image.to(self.shift.dtype) - self.shift) / self.scale
@@ -192,10 +199,11 @@ class _WithGradient(torch.autograd.Function):
         image: Tensor,
         target: Tensor,
         measure: Callable[[Tensor, Tensor], Tensor],
+        length: int,
     ) -> Float[Tensor, " b"]:
         wanted = ctx.needs_input_grad[:2]
         values, gradients = [], []
-        for part in _parts(image, target):
+        for part in zip(image.split(length), target.split(length), strict=True):
             with torch.enable_grad():
                 part = [x.detach().requires_grad_(w) for x, w in zip(part, wanted, strict=True)]
                 distances = measure(*part)
@@ -213,17 +221,7 @@ class _WithGradient(torch.autograd.Function):
         each = grads[0][:, None, None, None]
         saved = iter(ctx.saved_tensors)
         image, target = (each * next(saved) if w else None for w in ctx.needs_input_grad[:2])
-        return image, target, None
-
-
-def _parts(
-    image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """So many images at a time that their features stay few."""
-    height, width = image.shape[2:]
-    pixels = _PIXELS if image.device.type == "cpu" else _PIXELS_GPU
-    length = max(pixels // (height * width), 1)
-    return zip(image.split(length), target.split(length), strict=True)
+        return image, target, None, None
 
 
 def _no_float16(device_type: str) -> Any:

@@ -75,7 +75,7 @@ class Teacher(nn.Module, ABC):
     ) -> None:
         super().__init__()
         patch = _patch_size(model)
-        if size < 1 or size % patch:
+        if size % patch:
             raise ValueError(
                 f"{type(self).__name__} needs a size that is a multiple of the patches of "
                 f"{patch} x {patch}, got {size}; {max(size // patch, 1) * patch} is one"
@@ -177,14 +177,14 @@ class TimmTeacher(Teacher):
         size: int | None = None,
     ) -> None:
         timm = _imported("timm", "TimmTeacher", "timm")
+        _check_size("TimmTeacher", size)
         if isinstance(model, str):
             model, size = _timm_model(timm, model, weights, size)
         elif weights is not None:
             raise ValueError("TimmTeacher takes weights for a name; a module has its own")
         config = timm.data.resolve_model_data_config(model)
-        if size is None:
-            size = _built_size(model) or config["input_size"][-1]
-        super().__init__(model, size, config["mean"], config["std"])
+        own: int = _built_size(model) or config["input_size"][-1]
+        super().__init__(model, own if size is None else size, config["mean"], config["std"])
 
     def extract(self, image: Float[Tensor, "b 3 size size"]) -> Features:
         model: Any = self.model
@@ -232,11 +232,12 @@ class CLIPTeacher(Teacher):
         size: int | None = None,
     ) -> None:
         open_clip = _imported("open_clip", "CLIPTeacher", "open_clip_torch")
+        _check_size("CLIPTeacher", size)
         tower = _clip_tower(open_clip, name, weights, size)
         config = tower.preprocess_cfg
-        own = config["size"]
-        size = size or (own if isinstance(own, int) else own[-1])
-        super().__init__(tower, size, config["mean"], config["std"])
+        # the tower's own, or what it was forced to
+        own: int = config["size"] if isinstance(config["size"], int) else config["size"][-1]
+        super().__init__(tower, own, config["mean"], config["std"])
 
     def extract(self, image: Float[Tensor, "b 3 size size"]) -> Features:
         model: Any = self.model
@@ -251,7 +252,7 @@ def _timm_model(
     """The model without its classifier, and the size of its images."""
     _check_name("TimmTeacher", "timm", name, timm.list_models() + timm.list_pretrained())
     config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
-    size = size or _usual_size(config.input_size[-1], name)
+    size = _usual_size(config.input_size[-1], name) if size is None else size
     # SAM's loader does not resample, its forward pass does
     fixed = config.fixed_input_size and not name.startswith("samvit")
     options = {"img_size": size} if fixed else {}
@@ -318,6 +319,11 @@ def _freeze_(model: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             # its own loading would otherwise add a count of batches to files that have none
             module.track_running_stats = False
+
+
+def _check_size(owner: str, size: int | None) -> None:
+    if size is not None and size < 1:
+        raise ValueError(f"{owner} needs a positive size, got {size}")
 
 
 def _imported(module: str, owner: str, package: str) -> Any:

@@ -22,12 +22,16 @@ PathLike = str | os.PathLike[str]
 
 
 class _Net(NamedTuple):
-    """A trunk: its layers, which of them are compared, and where its weights come from."""
+    """A trunk: its layers, which of them are compared, and where its weights come from.
+
+    `pixels` is how many of images it takes at a time on a CPU, where that is fastest.
+    """
 
     layers: Callable[[], list[nn.Module]]
     taps: tuple[int, ...]
     channels: tuple[int, ...]
     smallest: int
+    pixels: int
     name: str
     url: str
 
@@ -130,6 +134,7 @@ NETS = {
         taps=(3, 8, 15, 22, 29),
         channels=(64, 128, 256, 512, 512),
         smallest=16,
+        pixels=1 << 16,
         name="vgg16",
         url=_HUB + "vgg16-397923af.pth",
     ),
@@ -138,6 +143,7 @@ NETS = {
         taps=(1, 4, 7, 9, 11),
         channels=(64, 192, 384, 256, 256),
         smallest=31,
+        pixels=1 << 17,
         name="alexnet",
         url=_HUB + "alexnet-owt-7be5be79.pth",
     ),
@@ -146,6 +152,7 @@ NETS = {
         taps=(1, 4, 7, 9, 10, 11, 12),
         channels=(64, 128, 256, 384, 384, 512, 512),
         smallest=17,
+        pixels=1 << 17,
         name="squeezenet1_1",
         url=_HUB + "squeezenet1_1-b8a52dc0.pth",
     ),
