@@ -4,7 +4,8 @@ python examples/align_features.py                          the demo's pictures, 
 python examples/align_features.py --data DIR --teacher tf_efficientnet_lite0 --weights FILE
 
 Trains the same small tokenizer twice, without and with the loss. Then a crop of each held-out tile
-looks for the other crop of the same tile among those of all tiles, by the mean code of the branch.
+looks for another, grey crop of the same tile among those of all tiles, by the mean code of the
+branch; and its likeness to the others is correlated with what the teacher holds of it.
 A teacher with random weights sees colours and edges: with it, the demo shows that the branch takes
 after its teacher, not that this is of use.
 """
@@ -42,11 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     print(f"teacher {args.teacher} with {'trained' if args.weights else 'random'} weights")
     # what the teacher sees of each view stays the same, so it is computed once
     features = see(teacher, train.flatten(0, 1))
-    results = {
-        "teacher": {"retrieval": retrieval(*(see(teacher, v).token for v in held_out.unbind(1)))}
-    }
+    seen = [see(teacher, views).token for views in held_out.unbind(1)]
+    results = {"teacher": {"retrieval": retrieval(*seen), "likeness": 1.0}}
     for name, weight in (("unaligned", 0.0), ("aligned", args.weight)):
-        results[name] = train_tokenizer(teacher, train, features, held_out, weight, args)
+        model, numbers = train_tokenizer(teacher, train, features, weight, args)
+        codes = [branch_code(model, views) for views in held_out.unbind(1)]
+        found = {"retrieval": retrieval(*codes), "likeness": likeness(codes[0], seen[0])}
+        results[name] = {**numbers, **found}
         print(f"{name:<10}" + "".join(f"  {k} {v:.3f}" for k, v in results[name].items()))
     print(f"{'teacher':<10}  retrieval {results['teacher']['retrieval']:.3f}")
     print(f"by chance   retrieval {1 / len(held_out):.3f}  ({len(held_out)} held-out tiles)")
@@ -57,11 +60,10 @@ def train_tokenizer(
     teacher: Teacher,
     train: Float[Tensor, "n views 3 h w"],
     features: Features,
-    held_out: Float[Tensor, "m 2 3 h w"],
     weight: float,
     args: argparse.Namespace,
-) -> dict[str, float]:
-    """Reconstructs, and aligns the last branch with this weight; the numbers of its end."""
+) -> tuple[nn.ModuleList, dict[str, float]]:
+    """Reconstructs, and aligns the last branch with this weight; the losses at its end."""
     torch.manual_seed(args.seed)
     quantizer = ProductQuantizer([BSQ(DIM), BSQ(DIM)])
     encoder, decoder = SmallEncoder(2 * DIM, 32), SmallDecoder(2 * DIM, 32)
@@ -88,9 +90,7 @@ def train_tokenizer(
         history.append((error.item(), aligned.item()))
     few = max(args.steps // 20, 1)
     first, last = (torch.tensor(part).mean(0).tolist() for part in (history[:few], history[-few:]))
-    codes = [branch_code(model, views) for views in held_out.unbind(1)]
-    numbers = {"error": last[0], "alignment at first": first[1], "at last": last[1]}
-    return {**numbers, "retrieval": retrieval(*codes)}
+    return model, {"error": last[0], "alignment at first": first[1], "at last": last[1]}
 
 
 @torch.no_grad()
@@ -112,6 +112,13 @@ def retrieval(queries: Float[Tensor, "n dim"], others: Float[Tensor, "n dim"]) -
     queries, others = (F.normalize(x - x.mean(0), dim=-1) for x in (queries, others))
     nearest = (queries @ others.T).argmax(1)
     return (nearest == torch.arange(len(queries))).float().mean().item()
+
+
+def likeness(codes: Float[Tensor, "n dim"], tokens: Float[Tensor, "n inner"]) -> float:
+    """Correlation between what the branch and what the teacher hold of each pair of tiles."""
+    pairs = torch.triu_indices(len(codes), len(codes), 1)
+    units = (F.normalize(x - x.mean(0), dim=-1) for x in (codes, tokens))
+    return torch.corrcoef(torch.stack([(x @ x.T)[*pairs] for x in units]))[0, 1].item()
 
 
 def load_teacher(args: argparse.Namespace) -> Teacher:

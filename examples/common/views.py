@@ -19,6 +19,8 @@ def load_views(
 ) -> tuple[Float[Tensor, "n views 3 h w"], Float[Tensor, "m 2 3 h w"]]:
     """Random crops of tiles: several of each to train on, two of every fourth, held out.
 
+    The second of two is grey, since colours alone would tell where it comes from.
+
     Args:
         source: "demo" or a folder of pictures.
         side: Of a tile.
@@ -36,7 +38,9 @@ def load_views(
         raise ValueError(f"--data {source} has {len(tiles)} tiles of {side} pixels, below 8")
     random = np.random.default_rng(seed)
     train = torch.stack([_views(tile, VIEWS, random) for tile in tiles[~held_out]])
-    return train, torch.stack([_views(tile, 2, random) for tile in tiles[held_out]])
+    pairs = torch.stack([_views(tile, 2, random) for tile in tiles[held_out]])
+    pairs[:, 1] = pairs[:, 1].mean(1, keepdim=True)
+    return train, pairs
 
 
 def _tiles(picture: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "n 3 side side"]:

@@ -44,6 +44,7 @@ def test_it_runs_and_says_what_it_compares(script, pictures, tmp_path, capsys):
     assert list(results) == ["teacher", "unaligned", "aligned"]
     for name, numbers in results.items():
         assert 0 <= numbers["retrieval"] <= 1
+        assert -1 <= numbers["likeness"] <= 1
         assert f"{name:<10}" in printed
     assert "teacher test_resnet with trained weights" in printed
     assert "by chance   retrieval 0.333  (3 held-out tiles)" in printed
@@ -68,6 +69,13 @@ def test_retrieval(script):
     codes = torch.eye(5)
     assert script.retrieval(codes, codes) == 1
     assert script.retrieval(codes, codes.roll(1, 0)) == 0
+
+
+def test_likeness(script):
+    codes = torch.randn(6, 4)
+    assert script.likeness(codes, 3 * codes) == pytest.approx(1, abs=1e-4)
+    assert script.likeness(codes, codes - codes.mean(0) + 1) == pytest.approx(1, abs=1e-4)
+    assert abs(script.likeness(torch.randn(200, 4), torch.randn(200, 4))) < 0.1
 
 
 def test_errors(script, pictures, tmp_path):
