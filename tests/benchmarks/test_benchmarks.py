@@ -108,11 +108,11 @@ def wrong_indices(x, codes, *args, **kwargs):
     return torch.where(found == found.flatten()[0], other, found)
 
 
-def wrong_entropy(logits, group_size=None):
+def wrong_entropy(logits, group_size=None, **options):
     """As if one bit counted twice."""
     from xq.quantizers.entropy import sign_entropy
 
-    exact = sign_entropy(logits, group_size)
+    exact = sign_entropy(logits, group_size, **options)
     return exact._replace(per_token=exact.per_token * 1.001)
 
 
@@ -305,8 +305,9 @@ def test_memory_that_is_freed_again_is_seen():
     size = 64 * MIB
     # what was freed before must not hide what is taken now
     torch.ones(size // 4)
-    peak = resident_peak(lambda: [torch.ones(size // 4).sum() for _ in range(3)])
-    assert size - MIB < peak < size + 8 * MIB
+    peak = resident_peak(lambda: [torch.ones(size // 4).sum() for _ in range(6)])
+    # the system may take back one a little later, but not six
+    assert size - MIB < peak < 2 * size + 8 * MIB
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark")

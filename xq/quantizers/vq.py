@@ -115,7 +115,7 @@ class VQ(Quantizer):
         z = F.embedding(indices, codes)
         self.codebook.observe(u, indices)
         regularizer = zero = u.new_zeros(())
-        if self.regularizes and is_training:
+        if self.entropy_temperature is not None and is_training:
             regularizer = self.entropy(u).penalty()
         return Quantized(z, indices, Losses(zero, zero, regularizer))
 
