@@ -1,5 +1,6 @@
 """What `import xq` costs beyond `import torch`, in fresh interpreters."""
 
+import os
 import re
 import subprocess
 import sys
@@ -62,7 +63,9 @@ def check(modules: list[tuple[str, float]]) -> None:
 
 def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    # an installed library has its bytecode; a checkout gets it from the first start
+    own = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
