@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from xq.losses.frozen import Frozen, timm_vit
+from xq.backbones import timm_model
+from xq.losses.frozen import Frozen
 
 
 def network() -> nn.Sequential:
@@ -67,4 +68,4 @@ def test_moves_along():
 def test_timm_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r'Someone needs timm: pip install "xq\[vision\]"'):
-        timm_vit("Someone", "vit_small_patch16_224.dino", None, 224)
+        timm_model("Someone", "vit_small_patch16_224.dino", img_size=224)

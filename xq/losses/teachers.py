@@ -1,36 +1,23 @@
 """Frozen image models whose features a tokenizer is aligned to: DINOv2, CLIP, SAM, any of timm."""
 
-import difflib
-import importlib
 import math
-import os
-import pickle
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from xq.backbones import PathLike, check_name, downloads, imported, reads, timm_config, timm_model
+from xq.losses.frozen import freeze_
 from xq.precision import eager, widen
-
-PathLike = str | os.PathLike[str]
 
 # models made for larger images get as many pixels as a grid of 16 x 16 patches has
 _LARGEST, _GRID = 256, 16
 # resampling overshoots a little; beyond this the images have another range
 _LIMIT = 1.5
-# what reading a broken file raises
-_DAMAGED = (
-    *(SafetensorError, EOFError, pickle.UnpicklingError, AssertionError, AttributeError),
-    *(RuntimeError, ValueError, KeyError, TypeError),
-)
 
 
 class Features(NamedTuple):
@@ -87,7 +74,7 @@ class Teacher(nn.Module, ABC):
         for name, values in colours.items():
             values = torch.tensor(values).view(1, 3, 1, 1).to(like)
             self.register_buffer(name, values, persistent=False)
-        _freeze_(model)
+        freeze_(model)
         self.train()
         # one image tells the layout; its range is no check of those to come
         self._range_is_checked = True
@@ -176,10 +163,15 @@ class TimmTeacher(Teacher):
         weights: PathLike | None = None,
         size: int | None = None,
     ) -> None:
-        timm = _imported("timm", "TimmTeacher", "timm")
+        timm = imported("timm", "TimmTeacher", "timm")
         _check_size("TimmTeacher", size)
         if isinstance(model, str):
-            model, size = _timm_model(timm, model, weights, size)
+            config = timm_config("TimmTeacher", model)
+            size = _usual_size(config.input_size[-1], model) if size is None else size
+            # SAM's loader does not resample, its forward pass does
+            fixed = config.fixed_input_size and not model.startswith("samvit")
+            options: dict[str, Any] = {"img_size": size} if fixed else {}
+            model = timm_model("TimmTeacher", model, weights=weights, **options)
         elif weights is not None:
             raise ValueError("TimmTeacher takes weights for a name; a module has its own")
         config = timm.data.resolve_model_data_config(model)
@@ -231,7 +223,7 @@ class CLIPTeacher(Teacher):
         weights: PathLike = "openai",
         size: int | None = None,
     ) -> None:
-        open_clip = _imported("open_clip", "CLIPTeacher", "open_clip_torch")
+        open_clip = imported("open_clip", "CLIPTeacher", "open_clip_torch")
         _check_size("CLIPTeacher", size)
         tower = _clip_tower(open_clip, name, weights, size)
         config = tower.preprocess_cfg
@@ -246,45 +238,17 @@ class CLIPTeacher(Teacher):
         return Features(found["image_features"], patches)
 
 
-def _timm_model(
-    timm: Any, name: str, weights: PathLike | None, size: int | None
-) -> tuple[nn.Module, int]:
-    """The model without its classifier, and the size of its images."""
-    _check_name("TimmTeacher", "timm", name, timm.list_models() + timm.list_pretrained())
-    config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
-    size = _usual_size(config.input_size[-1], name) if size is None else size
-    # SAM's loader does not resample, its forward pass does
-    fixed = config.fixed_input_size and not name.startswith("samvit")
-    options = {"img_size": size} if fixed else {}
-    if weights is None:
-        with _downloads("TimmTeacher", name):
-            return timm.create_model(name, True, num_classes=0, **options), size
-    with _reads("TimmTeacher", name, weights):
-        state = timm.models.load_state_dict(weights)
-        # timm is strict only where the number of classes is that of the file
-        heads = [config.classifier] if isinstance(config.classifier, str) else config.classifier
-        rows = [len(state[f"{h}.weight"]) for h in heads or () if f"{h}.weight" in state]
-        classes = rows[0] if rows else 0
-        overlay = {"state_dict": state, "num_classes": classes}
-        model = timm.create_model(
-            name, True, pretrained_cfg_overlay=overlay, num_classes=classes, **options
-        )
-    if classes:
-        model.reset_classifier(0)
-    return model, size
-
-
 def _clip_tower(open_clip: Any, name: str, weights: PathLike, size: int | None) -> Any:
-    _check_name("CLIPTeacher", "open_clip", name, open_clip.list_models())
+    check_name("CLIPTeacher", "open_clip", name, open_clip.list_models())
     options: dict[str, Any] = {"force_image_size": size, "require_pretrained": True}
     tag = open_clip.get_pretrained_cfg(name, str(weights))
     if tag:
         # the tag knows which activation it was trained with, the name need not
         options["force_quick_gelu"] = tag.get("quick_gelu", False)
-        with _downloads("CLIPTeacher", name):
+        with downloads("CLIPTeacher", name):
             return open_clip.create_model(name, str(weights), **options).visual
     tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-    with _reads("CLIPTeacher", name, weights, f"; tags of {name}: {tags}"):
+    with reads("CLIPTeacher", name, weights, f"; tags of {name}: {tags}"):
         return open_clip.create_model(name, str(weights), **options).visual
 
 
@@ -308,58 +272,6 @@ def _built_size(model: nn.Module) -> int | None:
     return size[-1] if size else None
 
 
-def _freeze_(model: nn.Module) -> None:
-    """Parameters become buffers, and no buffer is saved."""
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                del module._parameters[name]
-                module.register_buffer(name, parameter.detach())
-        module._non_persistent_buffers_set.update(module._buffers)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            # its own loading would otherwise add a count of batches to files that have none
-            module.track_running_stats = False
-
-
 def _check_size(owner: str, size: int | None) -> None:
     if size is not None and size < 1:
         raise ValueError(f"{owner} needs a positive size, got {size}")
-
-
-def _imported(module: str, owner: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'{owner} needs {package}: pip install "xq[vision]"') from error
-
-
-def _check_name(owner: str, library: str, name: str, names: list[str]) -> None:
-    if name not in names:
-        near = ", ".join(difflib.get_close_matches(name, names)) or "none is near"
-        raise ValueError(
-            f"{owner} knows no model {name!r}: {library}.list_models() lists them ({near})"
-        )
-
-
-@contextmanager
-def _downloads(owner: str, name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError) as error:
-        raise OSError(
-            f"{owner} has no weights of {name}, which cannot be downloaded ({error}); pass "
-            "weights=, a local file (.safetensors or .pth)"
-        ) from error
-
-
-@contextmanager
-def _reads(owner: str, name: str, weights: PathLike, hint: str = "") -> Iterator[None]:
-    if not Path(weights).is_file():
-        raise FileNotFoundError(f"{owner} finds no file weights={str(weights)!r}{hint}")
-    try:
-        yield
-    except _DAMAGED as error:
-        raise ValueError(
-            f"{owner} cannot use weights={str(weights)!r}, which is damaged or no state dict of "
-            f"{name}: {str(error)[:300]}"
-        ) from error

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from xq.backbones import PathLike, timm_model
 from xq.losses.discriminators.checks import check_choice, check_images
 from xq.losses.discriminators.layers import LocalBatchNorm, SpectralConv1d, group_norm
-from xq.losses.frozen import Frozen, PathLike, timm_vit
+from xq.losses.frozen import Frozen
 from xq.models.cnn_blocks import check_sizes
 
 # of photographs, for a ViT that says nothing else
@@ -91,7 +92,7 @@ class DINODiscriminator(nn.Module):
         self.depths, self.size, self.norm, self.crop = tuple(depths), size, norm, crop
         self.generator = generator
         if isinstance(backbone, str):
-            backbone = timm_vit(type(self).__name__, backbone, weights, size)
+            backbone = timm_model(type(self).__name__, backbone, weights=weights, img_size=size)
         else:
             backbone = copy.deepcopy(backbone)
         self.vit = Frozen(_Features(backbone, self.depths, size))
