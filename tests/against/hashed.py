@@ -6,23 +6,32 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+BLOCK = 1 << 16
+
 
 def hashed(name: str, shape: tuple[int, ...]) -> Tensor:
     """Numbers in (-1, 1) from the CRC-32 of a name and the positions."""
-    word, mask = np.uint64(0x45D9F3B), np.uint64(0xFFFFFFFF)
-    x = np.arange(np.prod(shape, dtype=int), dtype=np.uint64) * np.uint64(2654435761)
-    x = (x + np.uint64(zlib.crc32(name.encode()))) & mask
-    for _ in range(2):
-        x = ((x ^ (x >> np.uint64(16))) * word) & mask
-    x ^= x >> np.uint64(16)
-    u = (x.astype(np.float64) + 0.5) / 2.0**31 - 1.0
-    return torch.from_numpy(u.astype(np.float32)).reshape(shape)
+    size, seed = int(np.prod(shape, dtype=int)), np.uint32(zlib.crc32(name.encode()))
+    out = np.empty(size, np.float32)
+    # in blocks that stay in the cache; unsigned integers of 32 bits wrap as the hash wants it
+    for start in range(0, size, BLOCK):
+        x = np.arange(start, min(start + BLOCK, size), dtype=np.uint32)
+        x *= np.uint32(2654435761)
+        x += seed
+        for _ in range(2):
+            x ^= x >> np.uint32(16)
+            x *= np.uint32(0x45D9F3B)
+        x ^= x >> np.uint32(16)
+        out[start : start + BLOCK] = (x + 0.5) / 2.0**31 - 1.0
+    return torch.from_numpy(out).reshape(shape)
 
 
 def hashed_parameter(name: str, shape: tuple[int, ...]) -> Tensor:
     u = hashed(name, shape)
-    if name.endswith("weight"):
-        return u * (3 * shape[0] / u.numel()) ** 0.5 if len(shape) > 1 else 1 + 0.1 * u
+    if name.endswith("weight") and len(shape) > 1:
+        return u.mul_((3 * shape[0] / u.numel()) ** 0.5)
+    if name.endswith(("weight", "gamma")) and len(shape) == 1:
+        return 1 + 0.1 * u
     return 0.5 * u if len(shape) > 1 else 0.1 * u
 
 

@@ -13,3 +13,4 @@ from xq.models.next_scale import (
     teacher_forcing as teacher_forcing,
 )
 from xq.models.tokenizer import Reconstruction as Reconstruction, Tokenizer as Tokenizer
+from xq.models.vit import ViTDecoder as ViTDecoder, ViTEncoder as ViTEncoder
