@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 # a collective that waits longer fails; so does the whole run, should something else hang
 COLLECTIVE_SECONDS, TOTAL_SECONDS = 20, 55
@@ -34,15 +34,13 @@ def run_on_processes(
     """
     # processes fork from one that has only imported, which spares each the seconds of importing
     set_forkserver_preload(["torch", "torch.distributed.fsdp", "xq", "pytest"])
-    spawned = mp.start_processes(
+    spawned: Any = start_processes(
         _work,
         (function, args, world_size, folder),
         nprocs=world_size,
         join=False,
         start_method="forkserver",
     )
-    # as it is where nobody waits for them here
-    assert spawned is not None
     deadline = time.monotonic() + TOTAL_SECONDS
     try:
         while not spawned.join(timeout=1):

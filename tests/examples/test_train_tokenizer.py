@@ -61,10 +61,12 @@ def test_trains_and_reads_back(script, pictures, tmp_path, capsys, name):
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [r["loss"] for r in records if "loss" in r]
     assert len(losses) == numbers["steps"] == steps
-    # codes that start at the data have little left to learn
-    at_the_end = 1.5 if name in ("vq", "rq", "pq") else 1.0
-    assert np.mean(losses[-6:]) < at_the_end * np.mean(losses[:2])
-    assert [r["step"] for r in records if "held_out_psnr" in r] == [0, 4, 8, 12, 16]
+    held_out = {r["step"]: r["held_out_psnr"] for r in records if "held_out_psnr" in r}
+    assert list(held_out) == [0, 4, 8, 12, 16]
+    assert held_out[16] > held_out[0] + 0.05
+    # codes that start at the data leave less to learn than one batch differs from another
+    if name not in ("vq", "rq", "pq"):
+        assert np.mean(losses[-6:]) < np.mean(losses[:2])
 
     multiscale = name.startswith("ms")
     written = {"curves.png", "metrics.jsonl", "picture.png", "report.json", "tokenizer"}
