@@ -69,7 +69,21 @@ def generator_loss(fake: Shaped[Tensor, "..."], kind: str = "hinge") -> Float[Te
     return F.softplus(-fake).mean()
 
 
-class DiscriminatorLoss(nn.Module):
+class _OfAKind(nn.Module):
+    def __init__(self, kind: str = "hinge") -> None:
+        super().__init__()
+        _check_kind(type(self).__name__, kind)
+        self.kind = kind
+
+    def config(self) -> dict[str, str]:
+        """The constructor's arguments, ready for JSON."""
+        return {"kind": self.kind}
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}"
+
+
+class DiscriminatorLoss(_OfAKind):
     """`discriminator_loss` of one kind.
 
     Args:
@@ -79,25 +93,13 @@ class DiscriminatorLoss(nn.Module):
         ValueError: If `kind` is unknown.
     """
 
-    def __init__(self, kind: str = "hinge") -> None:
-        super().__init__()
-        _check_kind("DiscriminatorLoss", kind)
-        self.kind = kind
-
     def forward(
         self, real: Shaped[Tensor, "..."], fake: Shaped[Tensor, "..."]
     ) -> Float[Tensor, ""]:
         return discriminator_loss(real, fake, self.kind)
 
-    def config(self) -> dict[str, str]:
-        """The constructor's arguments, ready for JSON."""
-        return {"kind": self.kind}
 
-    def extra_repr(self) -> str:
-        return f"kind={self.kind!r}"
-
-
-class GeneratorLoss(nn.Module):
+class GeneratorLoss(_OfAKind):
     """`generator_loss` of one kind.
 
     Args:
@@ -107,20 +109,8 @@ class GeneratorLoss(nn.Module):
         ValueError: If `kind` is unknown.
     """
 
-    def __init__(self, kind: str = "hinge") -> None:
-        super().__init__()
-        _check_kind("GeneratorLoss", kind)
-        self.kind = kind
-
     def forward(self, fake: Shaped[Tensor, "..."]) -> Float[Tensor, ""]:
         return generator_loss(fake, self.kind)
-
-    def config(self) -> dict[str, str]:
-        """The constructor's arguments, ready for JSON."""
-        return {"kind": self.kind}
-
-    def extra_repr(self) -> str:
-        return f"kind={self.kind!r}"
 
 
 def _check_kind(name: str, kind: str) -> None:
