@@ -4,6 +4,7 @@ from xq.metrics import CodebookUsage as CodebookUsage
 from xq.models import Tokenizer as Tokenizer
 from xq.quantizers import (
     BSQ as BSQ,
+    FSQ as FSQ,
     LFQ as LFQ,
     VQ as VQ,
     ChannelFirst as ChannelFirst,
