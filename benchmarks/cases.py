@@ -38,7 +38,7 @@ class Case:
     Attributes:
         check: The gate: takes each contender's result and returns what to say of it, or raises
             `Red` if one of ours is wrong.
-        flops: What the work cannot do without, for the limit; 0 for no limit.
+        flops: What the work cannot do without, for the limit; 0, as in `bytes`, for no limit.
         bytes: What has to be read and written at least once.
         contenders: Those that take part.
         skipped: Those that do not, and why.

@@ -176,7 +176,9 @@ def measured(
     peaks = {
         name: fresh.peak(spec, name) if fresh else cuda_peak(run) for name, run in runs.items()
     }
-    return summary(spec, case, said, times, peaks, yardsticks.limits(times))
+    # of networks nobody counted what they cannot do without
+    rates = yardsticks.limits(times) if case.flops or case.bytes else None
+    return summary(spec, case, said, times, peaks, rates)
 
 
 def gate(spec: Spec, case: Case) -> tuple[dict[str, str], dict[str, float]]:
