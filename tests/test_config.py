@@ -8,7 +8,21 @@ import torch
 from torch import nn
 
 from xq.config import build, describe
-from xq.models import CNNDecoder, CNNEncoder, LinearDecoder, LinearEncoder, Sum, Tokenizer
+from xq.models import (
+    CNNDecoder,
+    CNNEncoder,
+    LinearDecoder,
+    LinearEncoder,
+    MaskGITDecoder,
+    PatchDecoder,
+    PatchEncoder,
+    Sum,
+    TiTokDecoder,
+    TiTokEncoder,
+    Tokenizer,
+    ViTDecoder,
+    ViTEncoder,
+)
 from xq.quantizers import (
     BSQ,
     FSQ,
@@ -38,6 +52,13 @@ from xq.quantizers import (
 )
 
 SIZES = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "z_channels": 6, "patch": 2}
+TIMM = {
+    "image_size": (8, 12),
+    "patch_size": 4,
+    "tokens": (1, 2),
+    "options": {"embed_dim": 8, "depth": 1, "num_heads": 2},
+}
+VIT = {"image_size": 8, "patch_size": 4, "width": 4, "depth": 1, "heads": 2}
 
 
 class Rounding(Quantizer):
@@ -126,6 +147,15 @@ MODULES = {
     "LinearEncoder": LinearEncoder(4, 2),
     "LinearDecoder": LinearDecoder(4, 2, image_channels=1),
     "Sum": Sum(LinearDecoder(4, 4), CNNDecoder(4, **SIZES)),
+    "PatchEncoder": PatchEncoder(5, **VIT, feedforward=True),
+    "PatchDecoder": PatchDecoder(5, **VIT | {"image_size": (8, 12)}),
+    "ViTEncoder": ViTEncoder(4, **TIMM, branches=2, drop_path=0.1),
+    "ViTDecoder": ViTDecoder(4, **TIMM, head="conv", checkpointing=True),
+    "TiTokEncoder": TiTokEncoder(5, **VIT, tokens=3, mixed=True),
+    "TiTokDecoder": TiTokDecoder(5, **VIT, tokens=3),
+    "TiTokDecoder-vqgan": TiTokDecoder(
+        5, **VIT, tokens=3, vqgan=MaskGITDecoder(6, 7, channels=4, multipliers=(1, 2, 1), blocks=1)
+    ),
     "Tokenizer": Tokenizer(LinearEncoder(4, 2), VQ(4, 7), LinearDecoder(4, 2)),
 }
 

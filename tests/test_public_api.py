@@ -20,7 +20,7 @@ OPTIONAL |= {"huggingface_hub", "webdataset"}
 PROMISED = {
     "xq": """
         VQ LFQ BSQ EMACodebook ResidualQuantizer Pyramid Refine ProductQuantizer DepthDropout
-        ChannelFirst Projected Quantizer CodebookUsage Tokenizer TokenStore
+        FSQ ChannelFirst Projected Quantizer CodebookUsage Tokenizer TokenStore
     """,
     "xq.quantizers": """
         Quantized Losses Quantizer Wrapper fit VQ Codebook GradientCodebook EMACodebook LFQ BSQ
@@ -32,7 +32,18 @@ PROMISED = {
     """,
     "xq.models": """
         Tokenizer Reconstruction CNNEncoder CNNDecoder LinearEncoder LinearDecoder
-        teacher_forcing next_scale_input NextScale
+        teacher_forcing next_scale_input NextScale MAGVIT2Encoder MAGVIT2Decoder
+        PatchEncoder PatchDecoder TiTokEncoder TiTokDecoder MaskGITDecoder
+        ViTEncoder ViTDecoder freeze_ add_lora_ merge_lora_ save_lora load_lora_ lora_state_dict
+        check_optimizer
+    """,
+    "xq.models.presets": """
+        vqgan vqgan_gumbel rqgan var_vqvae llamagen_vq8 llamagen_vq16 magvit2_lfq ibq
+        vit_vqgan bsq_vit titok
+        vq vp2 msvr10p2 msbr10p2 robusttok xqgan_sc xqgan_v Row
+    """,
+    "xq.models.checkpoints": """
+        load_checkpoint inspect_checkpoint Found formats Format KeyTable Rename Drop Split
     """,
     "xq.losses": """
         DiscriminatorLoss GeneratorLoss LeCam R1 discriminator_loss generator_loss lecam r1

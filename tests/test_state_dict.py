@@ -15,7 +15,20 @@ from torch import nn
 
 from xq.losses import LeCam
 from xq.metrics import CodebookUsage
-from xq.models import CNNDecoder, CNNEncoder, LinearDecoder, LinearEncoder, Tokenizer
+from xq.models import (
+    CNNDecoder,
+    CNNEncoder,
+    LinearDecoder,
+    LinearEncoder,
+    MaskGITDecoder,
+    PatchDecoder,
+    PatchEncoder,
+    TiTokDecoder,
+    TiTokEncoder,
+    Tokenizer,
+    ViTDecoder,
+    ViTEncoder,
+)
 from xq.quantizers import (
     BSQ,
     FSQ,
@@ -40,6 +53,12 @@ from xq.quantizers import (
     SimCodebook,
 )
 
+TIMM = {
+    "image_size": 8,
+    "patch_size": 4,
+    "tokens": (1, 2),
+    "options": {"embed_dim": 8, "depth": 1, "num_heads": 2},
+}
 GOLDEN = Path(__file__).parent / "golden" / "state_dict.json"
 
 
@@ -52,6 +71,9 @@ def tokenizer() -> Tokenizer:
     quantizer = ProductQuantizer(ResidualQuantizer(VQ(3, 5), multiscale=(1, 2, 4)), P=2)
     return Tokenizer(CNNEncoder(6, **sizes), quantizer, CNNDecoder(6, **sizes))
 
+
+VIT = {"image_size": 8, "patch_size": 4, "width": 4, "depth": 1, "heads": 2}
+VQGAN = {"channels": 4, "multipliers": (1, 2, 1), "blocks": 1}
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "GradientCodebook": partial(GradientCodebook, 7, 4),
@@ -105,6 +127,15 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "CodebookUsage": lambda: CodebookUsage(7, (2,), [(1, 1), (2, 2), (3, 3)]),
     "LinearEncoder": partial(LinearEncoder, 5, 2),
     "LinearDecoder": partial(LinearDecoder, 5, 2),
+    "PatchEncoder": lambda: PatchEncoder(5, **VIT, feedforward=True),
+    "PatchDecoder": lambda: PatchDecoder(5, **VIT),
+    "ViTEncoder": lambda: ViTEncoder(4, **TIMM, branches=2),
+    "ViTDecoder": lambda: ViTDecoder(4, **TIMM),
+    "TiTokEncoder": lambda: TiTokEncoder(5, **VIT, tokens=3),
+    "TiTokDecoder": lambda: TiTokDecoder(5, **VIT, tokens=3),
+    "TiTokDecoder-vqgan": lambda: TiTokDecoder(
+        5, **VIT, tokens=3, vqgan=MaskGITDecoder(6, 7, **VQGAN)
+    ),
     "Tokenizer": tokenizer,
 }
 

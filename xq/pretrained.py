@@ -34,7 +34,7 @@ class Pretrained(nn.Module):
             TypeError: If a part has no `config()`; nothing is written then.
         """
         text = json.dumps(describe(self), indent=2) + "\n"
-        with _folder(Path(folder)) as target, tempfile.TemporaryDirectory(dir=target) as staging:
+        with folder_for(Path(folder)) as target, tempfile.TemporaryDirectory(dir=target) as staging:
             weights, config = Path(staging, _WEIGHTS), Path(staging, _CONFIG)
             save_file(_owned(self), weights, metadata={"format": "pt"})
             config.write_text(text)
@@ -126,7 +126,7 @@ def _download(
 
 
 @contextmanager
-def _folder(target: Path) -> Iterator[Path]:
+def folder_for(target: Path) -> Iterator[Path]:
     """Makes the folder, and takes it away again if nothing came of it."""
     existed = target.exists()
     target.mkdir(parents=True, exist_ok=True)

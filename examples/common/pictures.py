@@ -73,6 +73,32 @@ def save_strip(
     sheet.save(path, optimize=True)
 
 
+def save_progress(
+    path: Path, image: Float[Tensor, "1 3 h w"], made: Sequence[Float[Tensor, "1 3 h w"]]
+) -> None:
+    """A picture beside its reconstruction, and below what there was after each scale or step.
+
+    Args:
+        path: The PNG file; its folder is made.
+        image: The picture.
+        made: Reconstructions of it, the best at the end; of a single one there is no row below.
+    """
+    first, *parts = [to_image(to_bytes(part[0].clamp(-1, 1))) for part in (image, *made)]
+    (w, h), steps = first.size, parts if len(parts) > 1 else []
+    width = 2 * w + 3 * GAP
+    small_w = (width - GAP) // max(len(steps), 1) - GAP
+    small_h = max(h * small_w // w, 1)
+    below = small_h + GAP if steps else 0
+    sheet = Image.new("RGB", (width, h + 2 * GAP + below), "white")
+    for i, picture in enumerate((first, parts[-1])):
+        sheet.paste(picture, (GAP + i * (w + GAP), GAP))
+    for i, picture in enumerate(steps):
+        resized = picture.resize((small_w, small_h), Image.Resampling.LANCZOS)
+        sheet.paste(resized, (GAP + i * (small_w + GAP), h + 2 * GAP))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
 def save_curves(path: Path, records: Sequence[dict[str, Any]], baselines: dict[str, float]) -> None:
     """Loss, PSNR and the usage of codes over the steps."""
     from matplotlib.figure import Figure

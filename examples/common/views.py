@@ -1,4 +1,4 @@
-"""Two looks at one place: random crops of tiles of pictures."""
+"""Random views of places: each is another crop, in other colours."""
 
 import numpy as np
 import torch
@@ -10,37 +10,46 @@ from common.data import find_pictures, read, to_float
 
 # every view is resized to this side
 VIEW = 128
-# views of each tile to train on
-VIEWS = 4
+# of the side of a tile
+SMALLEST = 0.5
+# how far brightness, contrast and saturation go from 1
+JITTER = 0.4
+GREY = 0.2
 
 
-def load_views(
-    source: str, side: int, seed: int
-) -> tuple[Float[Tensor, "n views 3 h w"], Float[Tensor, "m 2 3 h w"]]:
-    """Random crops of tiles: several of each to train on, two of every fourth, held out.
-
-    The second of two is grey, since colours alone would tell where it comes from.
+def load_tiles(
+    source: str, side: int
+) -> tuple[UInt8[Tensor, "n 3 side side"], UInt8[Tensor, "m 3 side side"]]:
+    """Tiles of the pictures to train on, and every fourth, held out.
 
     Args:
         source: "demo" or a folder of pictures.
         side: Of a tile.
-        seed: For the crops.
 
     Raises:
         FileNotFoundError: If there is no such folder.
         ValueError: If there are fewer than eight tiles.
     """
     paths = [path for part in find_pictures(source) for path in part]
-    cut = [_tiles(read(path), side) for path in paths]
-    tiles = torch.cat(cut)
+    tiles = torch.cat([_tiles(read(path), side) for path in paths])
     held_out = torch.arange(len(tiles)) % 4 == 3
     if held_out.sum() < 2:
         raise ValueError(f"--data {source} has {len(tiles)} tiles of {side} pixels, below 8")
-    random = np.random.default_rng(seed)
-    train = torch.stack([_views(tile, VIEWS, random) for tile in tiles[~held_out]])
-    pairs = torch.stack([_views(tile, 2, random) for tile in tiles[held_out]])
-    pairs[:, 1] = pairs[:, 1].mean(1, keepdim=True)
-    return train, pairs
+    return tiles[~held_out], tiles[held_out]
+
+
+def random_views(
+    tiles: UInt8[Tensor, "n 3 side side"], random: np.random.Generator
+) -> Float[Tensor, "n 3 view view"]:
+    """A view of each tile in [-1, 1]: a crop, perhaps flipped, in changed colours or grey."""
+    views = torch.cat([_crop(tile, random) for tile in tiles])
+    brightness, contrast, saturation = (
+        _per_view(random.uniform(1 - JITTER, 1 + JITTER, len(views))) for _ in range(3)
+    )
+    saturation = saturation.where(_per_view(random.random(len(views))) >= GREY, 0)
+    views = _stretch(views, views.mean(1, keepdim=True), saturation)
+    views = _stretch(views, views.mean((1, 2, 3), keepdim=True), contrast)
+    return ((views + 1) * brightness - 1).clamp(-1, 1)
 
 
 def _tiles(picture: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "n 3 side side"]:
@@ -49,12 +58,18 @@ def _tiles(picture: UInt8[Tensor, "3 h w"], side: int) -> UInt8[Tensor, "n 3 sid
     return whole.unfold(1, side, side).unfold(2, side, side).permute(1, 2, 0, 3, 4).flatten(0, 1)
 
 
-def _views(tile: UInt8[Tensor, "3 h w"], count: int, random: np.random.Generator) -> Tensor:
-    found = []
-    for _ in range(count):
-        side = int(random.integers(int(0.6 * tile.shape[1]), int(0.9 * tile.shape[1])))
-        y, x = (random.integers(tile.shape[1] - side + 1) for _ in range(2))
-        crop = to_float(tile[None, :, y : y + side, x : x + side])
-        crop = crop.flip(3) if random.random() < 0.5 else crop
-        found.append(F.interpolate(crop, size=VIEW, mode="bilinear", antialias=True)[0])
-    return torch.stack(found)
+def _crop(tile: UInt8[Tensor, "3 h w"], random: np.random.Generator) -> Tensor:
+    whole = tile.shape[1]
+    side = int(random.integers(int(SMALLEST * whole), whole + 1))
+    y, x = (random.integers(whole - side + 1) for _ in range(2))
+    crop = to_float(tile[None, :, y : y + side, x : x + side])
+    crop = crop.flip(3) if random.random() < 0.5 else crop
+    return F.interpolate(crop, size=VIEW, mode="bilinear", antialias=True)
+
+
+def _per_view(numbers: np.ndarray) -> Float[Tensor, "n 1 1 1"]:
+    return torch.from_numpy(numbers).float()[:, None, None, None]
+
+
+def _stretch(views: Tensor, centre: Tensor, factor: Tensor) -> Float[Tensor, "n 3 h w"]:
+    return centre + (views - centre) * factor

@@ -40,6 +40,7 @@ def parameters(module: torch.nn.Module) -> int:
         pytest.param({"image_channels": 1}, (2, 1, 6, 6), (3, 3), id="grey"),
         pytest.param({"channels": 48}, (1, 3, 4, 4), (2, 2), id="48-channels"),
         pytest.param({"blocks": 3}, (1, 3, 4, 4), (2, 2), id="3-blocks"),
+        pytest.param({"quant_kernel": 3}, (1, 3, 4, 6), (2, 3), id="quant-kernel-3"),
     ],
 )
 def test_shapes(sizes, image, grid):
@@ -89,7 +90,8 @@ def test_meta_module_takes_a_state_dict():
 
 @pytest.mark.parametrize("cls", [CNNEncoder, CNNDecoder])
 def test_config_round_trip(cls):
-    module = cls(5, channels=8, multipliers=(1, 3), blocks=3, z_channels=7, patch=2)
+    sizes = {"blocks": 3, "z_channels": 7, "patch": 2, "quant_kernel": 3}
+    module = cls(5, channels=8, multipliers=(1, 3), **sizes)
     config = module.config()
     again = cls(**json.loads(json.dumps(config)))
     assert again.config() == config
@@ -226,13 +228,32 @@ def test_bad_tokens(tokens, message):
 
 @pytest.mark.parametrize("cls", [CNNEncoder, CNNDecoder])
 @pytest.mark.parametrize(
-    "argument", ["dim", "channels", "blocks", "z_channels", "patch", "image_channels"]
+    "argument",
+    ["dim", "channels", "blocks", "z_channels", "quant_kernel", "patch", "image_channels"],
 )
 @pytest.mark.parametrize("value", [0, -2])
 def test_bad_sizes(cls, argument, value):
     message = f"{cls.__name__} needs `{argument}` to be a positive integer, got {value}"
     with pytest.raises(ValueError, match=message):
         cls(**{"dim": 5, argument: value})
+
+
+@pytest.mark.parametrize("cls", [CNNEncoder, CNNDecoder])
+def test_even_quant_kernel(cls):
+    message = f"{cls.__name__} needs an odd `quant_kernel`, got 2: an even kernel would shift"
+    with pytest.raises(ValueError, match=message):
+        cls(5, quant_kernel=2)
+
+
+def test_quant_kernel_is_of_the_last_and_the_first_convolution():
+    encoder, decoder = (cls(5, **SMALL, quant_kernel=3) for cls in (CNNEncoder, CNNDecoder))
+    assert encoder.quant_conv.weight.shape == (5, 6, 3, 3)
+    assert decoder.post_quant_conv.weight.shape == (6, 5, 3, 3)
+    # at the border it sees zeros
+    tokens, edge = torch.zeros(1, 1, 1, 5), torch.zeros(1, 3, 3, 5)
+    tokens[0, 0, 0, 0] = edge[0, 1, 1, 0] = 1
+    alone, within = (decoder.post_quant_conv(t.permute(0, 3, 1, 2)) for t in (tokens, edge))
+    torch.testing.assert_close(alone[0, :, 0, 0], within[0, :, 1, 1])
 
 
 @pytest.mark.parametrize("cls", [CNNEncoder, CNNDecoder])

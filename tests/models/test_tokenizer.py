@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import xq.pretrained
+from xq.images import pad_to_multiple
 from xq.models import CNNDecoder, CNNEncoder, LinearDecoder, LinearEncoder, Tokenizer
 from xq.quantizers import (
     BSQ,
@@ -488,3 +489,161 @@ def test_tensors_of_another_kind(saved):
     save_file({**state, "quantizer.codebook.count": torch.zeros(11, dtype=torch.int64)}, path)
     with pytest.raises(ValueError, match=r"has quantizer.codebook.count of torch.int64"):
         Tokenizer.from_pretrained(saved)
+
+
+def rand_pictures(b: int, height: int = 8, width: int = 8) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(b)
+    return torch.rand(b, 3, height, width, generator=generator) * 2 - 1
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 9])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_chunks_give_the_same(name, chunk):
+    model, image = linear(QUANTIZERS[name]()).eval(), rand_pictures(5)
+    indices = model.encode(image)
+    assert torch.equal(model.encode(image, chunk=chunk), indices)
+    close = {"atol": 1e-6, "rtol": 0.0}
+    torch.testing.assert_close(model.decode(indices, chunk=chunk), model.decode(indices), **close)
+    parts = zip(model.partials(indices, chunk=chunk), model.partials(indices), strict=True)
+    for got, want in parts:
+        torch.testing.assert_close(got, want, **close)
+    torch.testing.assert_close(
+        model.reconstruct(image, chunk=chunk), model.reconstruct(image), **close
+    )
+
+
+def test_chunks_bound_what_the_networks_see():
+    model, seen = linear(VQ(4, 11)).eval(), []
+    for part in (model.encoder, model.decoder):
+        part.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    indices = model.encode(rand_pictures(5), chunk=2)
+    model.decode(indices, chunk=3)
+    list(model.partials(indices, chunk=4))
+    model.reconstruct(rand_pictures(3), chunk=2)
+    assert seen == [2, 2, 1, 3, 2, 4, 1, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_a_chunk_has_an_image(chunk):
+    model = linear(VQ(4, 11))
+    indices = model.encode(pixels())
+    message = f"Tokenizer needs a chunk of 1 image or more, got chunk={chunk}"
+    calls = (
+        lambda: model.encode(pixels(), chunk=chunk),
+        lambda: model.decode(indices, chunk=chunk),
+        lambda: next(model.partials(indices, chunk=chunk)),
+        lambda: model.reconstruct(rand_pictures(1), chunk=chunk),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+class Dropping(LinearEncoder):
+    """Without dropout, only in eval mode what it encodes is certain."""
+
+    def forward(self, images):
+        return nn.functional.dropout(super().forward(images), 0.5, self.training)
+
+
+def test_reconstruct_is_for_looking_at():
+    torch.manual_seed(0)
+    model = Tokenizer(Dropping(4, 2), ema(4), LinearDecoder(4, 2)).train()
+    model.decoder.eval()
+    with torch.no_grad():
+        model.decoder.linear.weight.mul_(20)
+    image = rand_pictures(3)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    made = model.reconstruct(image)
+    assert not made.requires_grad
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+    assert (model.training, model.encoder.training, model.decoder.training) == (True, True, False)
+    model.eval()
+    want = model(image).image
+    assert want.abs().max() > 1
+    assert torch.equal(made, want.clamp(-1, 1))
+
+
+def test_reconstruct_restores_the_mode_after_an_error():
+    model = linear(VQ(4, 11)).train()
+    with pytest.raises(ValueError, match="multiples of its stride 2"):
+        model.reconstruct(rand_pictures(1, 7, 8))
+    assert all(part.training for part in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.full((1, 3, 8, 8), 255.0), r"in \[-1, 1\], got values from 255 to 255; xq.images"),
+        (torch.full((1, 3, 8, 8), 200, dtype=torch.uint8), "got values from 200 to 200"),
+        (torch.full((1, 3, 8, 8), -1.5), "got values from -1.5 to -1.5"),
+        (torch.zeros((1, 3, 8, 8), dtype=torch.uint8), "floating-point images.*torch.uint8"),
+        (torch.full((1, 3, 8, 8), torch.nan), "NaN or infinite"),
+        (torch.zeros(1, 8, 8, 3), r"channel-first images \(b, 3, H, W\)"),
+    ],
+    ids=["bytes", "uint8", "below", "black", "nan", "layout"],
+)
+def test_reconstruct_refuses(image, message):
+    with pytest.raises(ValueError, match=message):
+        linear(VQ(4, 11)).reconstruct(image)
+
+
+def test_padding_and_cropping_take_any_size():
+    model, image = linear(VQ(4, 11)).eval(), rand_pictures(2, 7, 5)
+    padded = pad_to_multiple(image, model.encoder.stride)
+    assert padded.shape == (2, 3, 8, 6)
+    made = model.reconstruct(padded)[:, :, :7, :5]
+    assert made.shape == image.shape
+    # patches that were whole before are what they would have been without the padding
+    assert torch.equal(made[:, :, :6, :4], model.reconstruct(image[:, :, :6, :4]))
+
+
+@pytest.mark.parametrize("call", ["encode", "reconstruct", "__call__"])
+def test_scales_say_how_large_images_are(call):
+    model = linear(ResidualQuantizer(BSQ(4), multiscale=(1, (3, 4))))
+    message = (
+        r"scales up to 3 x 4 tokens, those of images of 6 x 8 pixels, got 8 x 10 pixels, "
+        r"which are 4 x 5 tokens; resize or crop the images, or .* tokenizer.with_scales"
+    )
+    with pytest.raises(ValueError, match=message):
+        getattr(model, call)(rand_pictures(1, 8, 10))
+    assert getattr(model, call)(rand_pictures(1, 6, 8)) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_narrow_tokenizer_takes_what_to_images_makes(dtype):
+    model = linear(ProductQuantizer(ResidualQuantizer(VQ(4, 16), 2), P=2)).to(dtype).eval()
+    image = rand_pictures(3)
+    indices = model.encode(image)
+    assert torch.equal(indices, model.encode(image.to(dtype)))
+    assert model(image).image.dtype == dtype
+    made = model.reconstruct(image)
+    assert made.dtype == torch.float32
+    assert torch.equal(made, model.decode(indices).clamp(-1, 1).float())
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_indices_within_autocast_are_those_of_float32(name):
+    model, image = linear(QUANTIZERS[name]()).eval(), rand_pictures(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        indices, z = model.encode(image), model.encoder(image)
+        made = model.reconstruct(image)
+    assert z.dtype == torch.bfloat16
+    assert torch.equal(indices, model.quantizer.encode(z.float()))
+    assert made.dtype == torch.float32
+    assert torch.equal(model.quantizer.decode(indices), model.quantizer(z.float()).z)
+
+
+@pytest.mark.compile
+def test_encode_and_decode_compile():
+    torch._dynamo.reset()
+    sizes = {"channels": 4, "multipliers": (1, 2), "blocks": 1, "z_channels": 4}
+    quantizer = ProductQuantizer(VQ(4, 13), P=2)
+    model = Tokenizer(CNNEncoder(8, **sizes), quantizer, CNNDecoder(8, **sizes)).eval()
+    encode = torch.compile(model.encode, fullgraph=True, backend="aot_eager")
+    decode = torch.compile(model.decode, fullgraph=True, backend="aot_eager")
+    image = rand_pictures(2)
+    indices = model.encode(image)
+    assert torch.equal(encode(image), indices)
+    torch.testing.assert_close(decode(indices), model.decode(indices))

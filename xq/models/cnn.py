@@ -7,17 +7,27 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from xq.models.cnn_blocks import Level, check_images, check_sizes, check_tokens, middle, norm
+from xq.models.cnn_blocks import (
+    Level,
+    check_images,
+    check_odd,
+    check_sizes,
+    check_tokens,
+    checked_multipliers,
+    middle,
+    norm,
+)
 
 
 class CNNEncoder(nn.Module):
     """Images to a grid of tokens, one token for each `stride` x `stride` pixels.
 
     Esser et al. 2021, VQGAN; sizes as in LlamaGen (Sun et al. 2024): the defaults are its VQ-16,
-    `multipliers=(1, 2, 2, 4)` its VQ-8. Unlike there, the 1x1 convolution to the quantizer's
+    `multipliers=(1, 2, 2, 4)` its VQ-8. Unlike there, the convolution to the quantizer's
     channels (`quant_conv`) is part of the encoder, and the output is channel-last. Attention stands
     at the lowest resolution only. Normalization has 32 groups where these divide the channels, else
-    the most that do: up to 32 channels, each is normalized alone.
+    the most that do: up to 32 channels, each is normalized alone. Other sizes make it the encoder
+    of VAR, RQ-VAE and IBQ: see the presets.
 
     Args:
         dim: Channels of a token, those of the quantizer.
@@ -25,13 +35,15 @@ class CNNEncoder(nn.Module):
         multipliers: Channels of each level, as multiples of `channels`; the resolution halves
             from each level to the next.
         blocks: Residual blocks of a level.
-        z_channels: Channels before the 1x1 convolution to `dim`.
+        z_channels: Channels before the last convolution, to `dim`.
+        quant_kernel: Side of that convolution's kernel, odd: 1, in VAR 3.
         patch: Side of the pixel blocks that are folded into channels before the first convolution;
             1 is VQGAN, 4 makes networks small enough to train on a CPU.
         image_channels: Channels of the images.
 
     Raises:
-        ValueError: If a size is not a positive integer or `multipliers` is empty.
+        ValueError: If a size is not a positive integer, `quant_kernel` is even or `multipliers` is
+            empty.
     """
 
     def __init__(
@@ -42,6 +54,7 @@ class CNNEncoder(nn.Module):
         multipliers: Sequence[int] = (1, 1, 2, 2, 4),
         blocks: int = 2,
         z_channels: int = 256,
+        quant_kernel: int = 1,
         patch: int = 1,
         image_channels: int = 3,
     ) -> None:
@@ -52,12 +65,14 @@ class CNNEncoder(nn.Module):
             channels=channels,
             blocks=blocks,
             z_channels=z_channels,
+            quant_kernel=quant_kernel,
             patch=patch,
             image_channels=image_channels,
         )
-        self.multipliers = _checked_multipliers(self, multipliers)
+        check_odd(self, quant_kernel=quant_kernel)
+        self.multipliers = checked_multipliers(self, multipliers)
         self.dim, self.channels, self.blocks, self.z_channels = dim, channels, blocks, z_channels
-        self.patch, self.image_channels = patch, image_channels
+        self.quant_kernel, self.patch, self.image_channels = quant_kernel, patch, image_channels
 
         widths = [channels * multiplier for multiplier in self.multipliers]
         last = len(widths) - 1
@@ -69,7 +84,7 @@ class CNNEncoder(nn.Module):
         self.mid = middle(widths[-1])
         self.norm_out = norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
-        self.quant_conv = nn.Conv2d(z_channels, dim, 1)
+        self.quant_conv = nn.Conv2d(z_channels, dim, quant_kernel, padding=quant_kernel // 2)
 
     @property
     def stride(self) -> int:
@@ -103,7 +118,7 @@ class CNNDecoder(nn.Module):
     """A grid of tokens to images: the mirror of `CNNEncoder`, built from the same arguments.
 
     Esser et al. 2021, VQGAN; sizes as in LlamaGen (Sun et al. 2024). As there, each level has one
-    residual block more than the encoder's, `blocks + 1`. The 1x1 convolution from the quantizer's
+    residual block more than the encoder's, `blocks + 1`. The convolution from the quantizer's
     channels (`post_quant_conv`) is part of the decoder. The output is not clamped.
 
     Args:
@@ -111,12 +126,14 @@ class CNNDecoder(nn.Module):
         channels: Channels at full resolution.
         multipliers: Channels of each level, as multiples of `channels`, in the encoder's order.
         blocks: Residual blocks of a level of the *encoder*.
-        z_channels: Channels after the 1x1 convolution from `dim`.
+        z_channels: Channels after the first convolution, from `dim`.
+        quant_kernel: Side of that convolution's kernel, odd: 1, in VAR 3.
         patch: Side of the pixel blocks that are unfolded after the last convolution.
         image_channels: Channels of the images.
 
     Raises:
-        ValueError: If a size is not a positive integer or `multipliers` is empty.
+        ValueError: If a size is not a positive integer, `quant_kernel` is even or `multipliers` is
+            empty.
     """
 
     def __init__(
@@ -127,6 +144,7 @@ class CNNDecoder(nn.Module):
         multipliers: Sequence[int] = (1, 1, 2, 2, 4),
         blocks: int = 2,
         z_channels: int = 256,
+        quant_kernel: int = 1,
         patch: int = 1,
         image_channels: int = 3,
     ) -> None:
@@ -137,16 +155,18 @@ class CNNDecoder(nn.Module):
             channels=channels,
             blocks=blocks,
             z_channels=z_channels,
+            quant_kernel=quant_kernel,
             patch=patch,
             image_channels=image_channels,
         )
-        self.multipliers = _checked_multipliers(self, multipliers)
+        check_odd(self, quant_kernel=quant_kernel)
+        self.multipliers = checked_multipliers(self, multipliers)
         self.dim, self.channels, self.blocks, self.z_channels = dim, channels, blocks, z_channels
-        self.patch, self.image_channels = patch, image_channels
+        self.quant_kernel, self.patch, self.image_channels = quant_kernel, patch, image_channels
 
         widths = [channels * multiplier for multiplier in reversed(self.multipliers)]
         last = len(widths) - 1
-        self.post_quant_conv = nn.Conv2d(dim, z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(dim, z_channels, quant_kernel, padding=quant_kernel // 2)
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0])
         self.conv_blocks = nn.ModuleList(
@@ -188,16 +208,6 @@ class CNNDecoder(nn.Module):
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)
 
 
-def _checked_multipliers(owner: nn.Module, multipliers: Sequence[int]) -> tuple[int, ...]:
-    multipliers = tuple(multipliers)
-    if not multipliers or not all(isinstance(m, int) and m > 0 for m in multipliers):
-        raise ValueError(
-            f"{type(owner).__name__} needs `multipliers` to be positive integers, one for each "
-            f"resolution, got {multipliers}; VQ-16 has (1, 1, 2, 2, 4)"
-        )
-    return multipliers
-
-
 def _stride(module: CNNEncoder | CNNDecoder) -> int:
     return module.patch * 2 ** (len(module.multipliers) - 1)
 
@@ -209,6 +219,7 @@ def _config(module: CNNEncoder | CNNDecoder) -> dict[str, Any]:
         "multipliers": list(module.multipliers),
         "blocks": module.blocks,
         "z_channels": module.z_channels,
+        "quant_kernel": module.quant_kernel,
         "patch": module.patch,
         "image_channels": module.image_channels,
     }

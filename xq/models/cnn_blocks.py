@@ -3,6 +3,8 @@
 Blocks map `(b, channels, h, w)` to the same layout; only the ends of the networks are channel-last.
 """
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,6 +21,35 @@ def check_sizes(owner: nn.Module, **sizes: int) -> None:
             raise ValueError(
                 f"{type(owner).__name__} needs `{name}` to be a positive integer, got {size!r}"
             )
+
+
+def check_odd(owner: nn.Module, **sizes: int) -> None:
+    """Refuses kernels without a middle.
+
+    Raises:
+        ValueError: If a size is even.
+    """
+    for name, size in sizes.items():
+        if size % 2 == 0:
+            raise ValueError(
+                f"{type(owner).__name__} needs an odd `{name}`, got {size}: an even kernel would "
+                "shift the tokens by half a place"
+            )
+
+
+def checked_multipliers(owner: nn.Module, multipliers: Sequence[int]) -> tuple[int, ...]:
+    """The multipliers of the channels as a tuple.
+
+    Raises:
+        ValueError: If there is none, or one is not a positive integer.
+    """
+    multipliers = tuple(multipliers)
+    if not multipliers or not all(isinstance(m, int) and m > 0 for m in multipliers):
+        raise ValueError(
+            f"{type(owner).__name__} needs `multipliers` to be positive integers, one for each "
+            f"resolution, got {multipliers}; VQ-16 has (1, 1, 2, 2, 4)"
+        )
+    return multipliers
 
 
 def check_images(owner: nn.Module, images: Tensor, channels: int, stride: int) -> None:
@@ -84,16 +115,20 @@ class ResidualBlock(nn.Module):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output; where they differ, the shortcut is a 1x1 convolution.
+        bias: Whether the convolutions have one.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
         super().__init__()
         self.norm1 = norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
         self.norm2 = norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        same = in_channels == out_channels
-        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
+        self.nin_shortcut = (
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+        )
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
         h = self.conv1(F.silu(self.norm1(x)))

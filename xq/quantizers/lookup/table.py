@@ -128,8 +128,8 @@ def check_metric(metric: str) -> None:
 
 
 def relative(
-    x: Shaped[Tensor, "n dim"], metric: str, centre: Float[Tensor, " dim"]
-) -> Float[Tensor, "n dim"]:
+    x: Shaped[Tensor, "*batch dim"], metric: str, centre: Float[Tensor, " dim"]
+) -> Float[Tensor, "*batch dim"]:
     """Vectors in the terms of a table's points."""
     x = x.to(centre.dtype)
     return (F.normalize(x, dim=-1) if metric == "cosine" else x) - centre
