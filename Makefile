@@ -18,12 +18,13 @@ test: .venv/installed-dev ## lint, check types, run every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --jaxtyping-packages=xq,beartype.beartype -m "not compile"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m compile
 
-bench: .venv/installed-bench ## time xq beside other libraries, 20 minutes
+bench: .venv/installed-bench ## time xq beside other libraries, half an hour
 	$(BIN)/python -m benchmarks.lookup
 	$(BIN)/python -m benchmarks.entropy
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.trees
 	$(BIN)/python -m benchmarks.losses
+	$(BIN)/python -m benchmarks.tokenizers
 	$(BIN)/python -m benchmarks.imports
 	$(BIN)/python -m benchmarks.report
 
