@@ -15,7 +15,7 @@ from xq.quantizers import BSQ, ProductQuantizer, ResidualQuantizer
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = {"torchvision", "timm", "transformers", "open_clip", "peft", "lpips", "faiss", "triton"}
-OPTIONAL |= {"huggingface_hub", "webdataset"}
+OPTIONAL |= {"huggingface_hub", "webdataset", "onnx", "onnxscript", "onnxruntime", "PIL"}
 # what other people's code says; taking one away breaks it
 PROMISED = {
     "xq": """
@@ -32,6 +32,7 @@ PROMISED = {
     """,
     "xq.models": """
         Tokenizer Reconstruction CNNEncoder CNNDecoder LinearEncoder LinearDecoder
+        export_encoder export_decoder to_onnx
         teacher_forcing next_scale_input NextScale MAGVIT2Encoder MAGVIT2Decoder
         PatchEncoder PatchDecoder TiTokEncoder TiTokDecoder MaskGITDecoder
         ViTEncoder ViTDecoder freeze_ add_lora_ merge_lora_ save_lora load_lora_ lora_state_dict
@@ -54,6 +55,7 @@ PROMISED = {
         FeatureAlignment Teacher TimmTeacher CLIPTeacher Features
         ContrastiveLoss contrastive_loss CosineLoss cosine_loss cooling_temperature
     """,
+    "xq.images": "to_images to_uint8 to_pil pad_to_multiple",
     "xq.metrics": "CodebookUsage Usage psnr",
     "xq.config": "describe build",
     "xq.pretrained": "Pretrained",

@@ -158,14 +158,17 @@ def full_size(make, remembered) -> Tokenizer:
     with torch.device("meta"):
         model = tokenizer(make(), 16)
     state = {}
-    for name, value in model.state_dict().items():
-        original, shape = original_name(name), tuple(value.shape)
-        key = f"{original} {shape}"
+    for name, value in TABLE.revert(model.state_dict()).items():
+        key = f"{name} {tuple(value.shape)}"
         if key not in remembered:
-            remembered[key] = hashed_parameter(original, shape)
+            remembered[key] = hashed_parameter(name, tuple(value.shape))
         state[name] = remembered[key]
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+        if name.endswith("embedding.weight"):
+            state[name.replace("embedding.weight", "ema_vocab_hit_SV")] = torch.zeros(4096)
+    # as a released file is read
+    read = formats()["xqgan"].read(state)
+    assert read.quantizer.config() == model.quantizer.config()
+    return read
 
 
 @torch.no_grad()

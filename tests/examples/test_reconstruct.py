@@ -57,7 +57,7 @@ def test_a_folder_and_a_picture_of_any_size(script, picture, tmp_path, capsys):
     made = to_uint8(model.eval().decode(indices).detach())[0, :, :30, :40]
     assert torch.equal(sheet[:, GAP : GAP + 30, 2 * GAP + 40 : 2 * GAP + 80], made)
     # three steps in a row below
-    assert sheet.shape == (3, 30 + 2 * GAP + 16 + GAP, 2 * 40 + 3 * GAP)
+    assert sheet.shape == (3, 30 + 2 * GAP + 18 + GAP, 2 * 40 + 3 * GAP)
     said = capsys.readouterr().out
     assert "60 indices (4, 5, 3) of 16 values, 240 bits, 0.200 a pixel" in said
     assert " dB PSNR; " in said
@@ -71,7 +71,7 @@ def test_scales_grow_with_the_picture(script, picture, tmp_path, capsys):
         script.main([*arguments, size])
         assert np.load("t.npz")["indices"].shape == (1, tokens, 2)
     assert "40 indices (20, 2) of 8 values, 120 bits" in capsys.readouterr().out
-    assert drawn(Path("runs/reconstruction.png")).shape == (3, 32 + 2 * GAP + 33 + GAP, 82)
+    assert drawn(Path("runs/reconstruction.png")).shape == (3, 32 + 2 * GAP + 32 + GAP, 82)
 
 
 def test_without_a_tokenizer_it_makes_one(script, capsys):

@@ -15,7 +15,7 @@ from xq.models import (
     export_encoder,
 )
 from xq.models.export import _STANDARD
-from xq.quantizers import BSQ, VQ, ProductQuantizer, ResidualQuantizer
+from xq.quantizers import BSQ, IBQ, VQ, ProductQuantizer, ResidualQuantizer
 from xq.quantizers.lookup import METRICS, prepare
 from xq.quantizers.lookup.plain import nearest_plain
 from xq.quantizers.lookup.reference import nearest_reference
@@ -64,12 +64,17 @@ def test_programs_take_batches_of_any_size(name: str) -> None:
 
 
 @pytest.mark.compile
-def test_standard_operators_do_the_same() -> None:
+@pytest.mark.parametrize(
+    "quantizer",
+    [ResidualQuantizer(VQ(4, 13), 2), IBQ(4, 16), BSQ(5)],
+    ids=["residual", "ibq", "bsq"],
+)
+def test_standard_operators_do_the_same(quantizer) -> None:
     torch.manual_seed(0)
-    tokenizer = TOKENIZERS["cnn"]()
+    tokenizer = linear(quantizer)
     program = export_encoder(tokenizer, pictures(2)).run_decompositions(_STANDARD)
     kinds = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert not {kind for kind in kinds if kind.startswith("xq")}
+    assert not {kind for kind in kinds if kind.startswith("xq") or "lshift" in kind}
     assert torch.equal(program.module()(pictures(3)), tokenizer.eval().encode(pictures(3)))
 
 

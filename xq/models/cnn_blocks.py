@@ -78,7 +78,8 @@ def check_images(owner: nn.Module, images: Tensor, channels: int, stride: int) -
     if height < 1 or width < 1 or height % stride or width % stride:
         raise ValueError(
             f"{name} needs a height and width that are multiples of its stride {stride}, "
-            f"got {(height, width)}; crop or pad the images"
+            f"got {(height, width)}; crop or pad the images, "
+            f"as xq.images.pad_to_multiple(images, {stride}) does"
         )
 
 

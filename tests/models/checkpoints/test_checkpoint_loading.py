@@ -99,13 +99,22 @@ def test_unknown_files(tmp_path, model):
         load_checkpoint(load)
     less = {key: value for key, value in state(model).items() if "embedding" not in key}
     torch.save(less, tmp_path / "less.pt")
-    message = r"less.pt: these \d+ tensors are of no known format. The nearest is "
+    message = (
+        r"less.pt: these \d+ tensors are of no known format. The nearest is (llamagen|xqgan_cnn): "
+        r"unknown to it are \d .*, missing at least 'quantize.embedding.weight'; the formats known"
+    )
     with pytest.raises(ValueError, match=message):
         load_checkpoint(tmp_path / "less.pt")
     torch.save({"linear.weight": torch.zeros(2)}, tmp_path / "other.pt")
     message = r"these 1 tensors are of no known format: linear.weight; the formats known are .*var"
     with pytest.raises(ValueError, match=message):
         inspect_checkpoint(tmp_path / "other.pt")
+
+
+def test_files_of_this_library(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"xq's own names: Tokenizer.from_pretrained reads"):
+        load_checkpoint(tmp_path / "model.safetensors")
 
 
 def test_format_by_name(path):

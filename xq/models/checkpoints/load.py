@@ -163,6 +163,10 @@ def _recognised(state: Mapping[str, Tensor]) -> Format:
     for kind in kinds:
         if kind.recognise(state):
             return kind
+    if any(key.startswith("quantizer.") for key in state) and all(map(_is_ours, state)):
+        raise ValueError(
+            "these are xq's own names: Tokenizer.from_pretrained reads the folder of this file"
+        )
     known = f"the formats known are {', '.join(kind.name for kind in kinds)}"
     unknown = {kind.name: _unknown(kind, state) for kind in kinds}
     name = min(unknown, key=lambda name: len(unknown[name]))
@@ -177,6 +181,10 @@ def _recognised(state: Mapping[str, Tensor]) -> Format:
     )
 
 
+def _is_ours(key: str) -> bool:
+    return key.startswith(("encoder.", "quantizer.", "decoder."))
+
+
 def _unknown(kind: Format, state: Mapping[str, Tensor]) -> list[str]:
     try:
         return kind.table(state).unknown(state)
@@ -188,6 +196,8 @@ def _unknown(kind: Format, state: Mapping[str, Tensor]) -> list[str]:
 def _missing(kind: Format, state: Mapping[str, Tensor]) -> str:
     try:
         _, missing = kind.misfit(state)
+    except KeyError as error:
+        return f"missing at least {error}"
     except Exception as error:
-        return f"and it cannot be built: {error!r}"
+        return f"and it cannot be built: {error}"
     return f"missing {len(missing)} ({listed(missing) or 'none'})"

@@ -4,8 +4,10 @@ Both pipelines: vision transformers ("SC": VQ, VP2, MSVR10P2, MSBR10P2 and Robus
 trained on LAION and IMed, ImageFolder's) and the CNN ("V"), and the three discriminators.
 
 Shapes do not tell what the released files have: images and grids are square, the transformers are
-DINOv2's, codes of one scale are normalized and those of several found by angle, eleven scales up to
+DINOv2's, codes of one scale are normalized and those of several found by angle, ten scales up to
 11 x 11. What differs is read with `load_checkpoint(path, into=tokenizer)`.
+
+The way back, for models of one's own too, is `formats()["xqgan"].table({}).revert(state_dict)`.
 
 Known and left out: the teachers (`semantic_model`, `detail_model`) and what only their losses use
 (`sem_linear`), tables of levels, and counts of uses.

@@ -1,0 +1,106 @@
+"""What generators share: guidance, the filters of top-k and top-p, and seeded draws."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from xq.precision import widen
+
+# what torch's own exponential draws are bounded by: at zero any code at all would win
+_LEAST = 2.0**-25
+
+
+def guided(
+    conditional: Float[Tensor, "*batch codes"],
+    unconditional: Float[Tensor, "*batch codes"],
+    scale: float,
+) -> Float[Tensor, "*batch codes"]:
+    """Classifier-free guidance (Ho and Salimans 2022): `u + scale * (c - u)`.
+
+    So 1 is the conditional prediction as it is. What VAR calls cfg is `scale - 1`.
+    """
+    return unconditional + scale * (conditional - unconditional)
+
+
+def filtered(
+    logits: Float[Tensor, "*batch codes"], *, top_k: int | None = None, top_p: float | None = None
+) -> Float[Tensor, "*batch codes"]:
+    """The logits in float32, minus infinity where a code is not to be drawn.
+
+    What ties with the last code that stays, stays too.
+
+    Args:
+        logits: Of any length; a softmax makes them probabilities.
+        top_k: Keeps so many most probable codes; all by default.
+        top_p: Of these, keeps the most probable ones whose sum first reaches this share of their
+            sum (Holtzman et al. 2020, nucleus sampling); all by default.
+    """
+    logits = widen(logits)
+    count = logits.shape[-1]
+    narrow = top_p is not None and top_p < 1
+    if not narrow and (top_k is None or top_k >= count):
+        return logits
+    best = logits.topk(count if top_k is None else min(top_k, count), dim=-1).values
+    if narrow:
+        shares = best.softmax(-1)
+        before = shares.cumsum(-1) - shares
+        # sorted, so that what stays is a prefix, of at least one
+        best = torch.where(before < top_p, best, best[..., :1])
+    return logits.masked_fill(logits < best.amin(-1, keepdim=True), -torch.inf)
+
+
+def draw(
+    logits: Float[Tensor, "*batch codes"],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, "*batch"]:
+    """Draws an index from each row of logits; without waiting for the device, as multinomial does.
+
+    Args:
+        logits: As of `filtered`.
+        temperature: What they are divided by before.
+        top_k: As of `filtered`; with 1 the most probable code, and nothing is drawn.
+        top_p: As of `filtered`.
+        generator: On the device of the logits; torch's own by default.
+    """
+    logits = widen(logits)
+    if top_k == 1:
+        return logits.argmax(-1)
+    scores = filtered(logits / temperature, top_k=top_k, top_p=top_p)
+    noise = torch.empty_like(scores).exponential_(generator=generator).clamp_(min=_LEAST)
+    return (scores - noise.log_()).argmax(-1)
+
+
+def check_sampling(
+    owner: object,
+    *,
+    guidance: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> None:
+    """Refuses what cannot be sampled with.
+
+    Raises:
+        ValueError: If a value lies outside its range.
+    """
+    name = type(owner).__name__
+    if not 0 < guidance < float("inf"):
+        raise ValueError(
+            f"{name} needs a guidance above 0, got {guidance}; 1 is none, and what VAR calls cfg "
+            "is guidance - 1"
+        )
+    if not 0 < temperature < float("inf"):
+        raise ValueError(
+            f"{name} needs a temperature above 0, got {temperature}; top_k=1 takes the most "
+            "probable code"
+        )
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(
+            f"{name} needs top_k to be a positive integer, got {top_k!r}; None keeps all codes"
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"{name} needs top_p above 0 and up to 1, got {top_p}; None keeps all")
