@@ -91,18 +91,36 @@ def next_scale_input(
             f"next_scale_input expects z as the sum of all scales before the newest, {want}, and "
             f"None for the first; got {tuple(z.shape)} with {count} scales"
         )
-    with float32_island(indices.device.type), one_call():
-        if z is None:
-            total = tree.dequantize(indices)
-        else:
-            newest = indices[:, _tokens(tree, count - 1) :].unflatten(1, tree.grids[count - 1])
-            total = z + tree.dequantize_step(newest, count - 1)
-        following = area(total, tree.grids[count]) if count < tree.depth else total[:, :0]
+    if z is None and count > 1:
+        with float32_island(indices.device.type), one_call():
+            z = tree.dequantize(indices[:, : _tokens(tree, count - 1)])
+    newest = indices[:, _tokens(tree, count - 1) :]
+    return advance(tree, newest, count - 1, z)
+
+
+@torch.no_grad()
+def advance(tree: Any, newest: Tensor, k: int, z: Tensor | None) -> NextScale:
+    """What follows scale k, of which `newest` are the tokens; nothing is checked.
+
+    Args:
+        tree: As `pyramid_within` gives it.
+        newest: `(b, tokens, *code)`.
+        k: Which scale they are.
+        z: The sum of all scales before; None if there are none.
+    """
+    with float32_island(newest.device.type), one_call():
+        step = tree.dequantize_step(newest.unflatten(1, tree.grids[k]), k)
+        total = step if z is None else z + step
+        following = area(total, tree.grids[k + 1]) if k + 1 < tree.depth else total[:, :0]
         return NextScale(following.flatten(1, 2), total)
 
 
-def _checked(name: str, quantizer: Quantizer | Wrapper, indices: Tensor) -> tuple[Any, Tensor, int]:
-    """The tree within all wrappers, int64 indices, and of how many scales they are."""
+def pyramid_within(name: str, quantizer: Quantizer | Wrapper) -> Any:
+    """The tree within all wrappers, whose steps are scales.
+
+    Raises:
+        ValueError: If they are not.
+    """
     tree: Any = quantizer
     while isinstance(tree, Wrapper):
         tree = tree.quantizer
@@ -112,6 +130,12 @@ def _checked(name: str, quantizer: Quantizer | Wrapper, indices: Tensor) -> tupl
             f"or a product of such; got {type(tree).__name__} with scales {tree.scales} and "
             f"code_shape {tree.code_shape}"
         )
+    return tree
+
+
+def _checked(name: str, quantizer: Quantizer | Wrapper, indices: Tensor) -> tuple[Any, Tensor, int]:
+    """The tree within all wrappers, int64 indices, and of how many scales they are."""
+    tree = pyramid_within(name, quantizer)
     indices = checked_indices(tree, indices)
     count = next(k for k in range(1, tree.depth + 1) if _tokens(tree, k) == indices.shape[1])
     return tree, indices, count
