@@ -177,7 +177,7 @@ def _check_range(image: Tensor) -> None:
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """In eval mode for now; each part gets its own mode back."""
+    """In eval mode within it; each part gets its own mode back."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

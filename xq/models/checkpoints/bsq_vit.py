@@ -29,11 +29,11 @@ _BLOCKS = "transformer.resblocks."
 _COLOURS = 3
 
 
-def recognise(state: Shapes) -> bool:
+def _recognise(state: Shapes) -> bool:
     return {"quantize.group_basis", "quant_embed.weight", "post_quant_embed.weight"} <= state.keys()
 
 
-def build(state: Shapes) -> nn.Module:
+def _build(state: Shapes) -> nn.Module:
     """The tokenizer; entropies are those of groups as large as the file's.
 
     Raises:
@@ -53,7 +53,7 @@ def build(state: Shapes) -> nn.Module:
     return Tokenizer(encoder, BSQ(dim, group_size=group_size), decoder)
 
 
-def table(state: Shapes) -> KeyTable:
+def _table(state: Shapes) -> KeyTable:
     return KeyTable(
         [
             *transformer_rules("encoder.", _BLOCKS),
@@ -92,4 +92,4 @@ def _columns(tensor: Tensor) -> Tensor:
     return tensor.flip(1)
 
 
-FORMAT = Format("bsq_vit", "BSQ-ViT image tokenizer", recognise, build, table)
+FORMAT = Format("bsq_vit", "BSQ-ViT image tokenizer", _recognise, _build, _table)

@@ -12,20 +12,20 @@ from xq.quantizers import IBQ
 _BLOCKS = 4
 
 
-def recognise(state: Shapes) -> bool:
+def _recognise(state: Shapes) -> bool:
     is_plain = is_taming(state) and "quantize.embedding.weight" in state
     return is_plain and block_count(state) == _BLOCKS
 
 
-def build(state: Shapes) -> nn.Module:
+def _build(state: Shapes) -> nn.Module:
     codebook_size, dim = state["quantize.embedding.weight"].shape
     encoder, decoder = cnn(state)
     return Tokenizer(encoder, IBQ(dim, codebook_size), decoder)
 
 
-def table(state: Shapes) -> KeyTable:
+def _table(state: Shapes) -> KeyTable:
     codebook = Rename("quantize.embedding.weight", "quantizer.codebook.weight")
     return KeyTable([*cnn_rules(state), codebook, Drop("loss.")])
 
 
-FORMAT = Format("ibq", "SEED-Voken IBQ", recognise, build, table)
+FORMAT = Format("ibq", "SEED-Voken IBQ", _recognise, _build, _table)

@@ -13,13 +13,13 @@ from xq.models.tokenizer import Tokenizer
 from xq.quantizers import VQ
 
 
-def recognise(state: Shapes) -> bool:
+def _recognise(state: Shapes) -> bool:
     names = {"encoder.conv_blocks.0.res.0.conv1.weight", "quantize.embedding.weight"}
     # XQ-GAN's CNN has the same names, but for its counts of uses
     return names <= state.keys() and "quantize.ema_vocab_hit_SV" not in state
 
 
-def build(state: Shapes) -> nn.Module:
+def _build(state: Shapes) -> nn.Module:
     """The tokenizer with codes of unit length, as the released files have them."""
     codebook_size, dim = state["quantize.embedding.weight"].shape
     sizes = cnn_sizes(state)
@@ -28,7 +28,7 @@ def build(state: Shapes) -> nn.Module:
     )
 
 
-def table(state: Shapes) -> KeyTable:
+def _table(state: Shapes) -> KeyTable:
     return KeyTable(
         [
             Rename("quant_conv.", "encoder.quant_conv."),
@@ -43,6 +43,7 @@ def table(state: Shapes) -> KeyTable:
 
 
 def cnn_sizes(state: Shapes) -> dict[str, Any]:
+    """The arguments of `CNNEncoder` and `CNNDecoder`, from the shapes of the encoder."""
     level, block = "encoder.conv_blocks.{}.res.0.conv1.weight", "encoder.conv_blocks.0.res.{}.conv1"
     channels, image_channels, *_ = state["encoder.conv_in.weight"].shape
     levels = next(i for i in count() if level.format(i) not in state)
@@ -55,4 +56,4 @@ def cnn_sizes(state: Shapes) -> dict[str, Any]:
     }
 
 
-FORMAT = Format("llamagen", "LlamaGen VQ", recognise, build, table)
+FORMAT = Format("llamagen", "LlamaGen VQ", _recognise, _build, _table)

@@ -26,8 +26,10 @@ PROJECTS = (
     "taming",
     "titok",
     "var",
+    "var_generator",
     "vector_quantize_pytorch",
     "xqgan",
+    "xqgan_discriminators",
 )
 
 
@@ -37,7 +39,8 @@ class Found(NamedTuple):
     Attributes:
         format: The name of its kind, for `load_checkpoint(format=...)`.
         title: The same for people.
-        weights: The set of weights that is read: "ema", "model" or "discriminator".
+        weights: The set of weights that is read: "ema", "model", "discriminator" or
+            "generator".
         sets: All sets that the file has.
         tensors: How many tensors that set has.
         numbers: How many numbers these have together, those that are not read included.
@@ -77,7 +80,7 @@ def load_checkpoint(
         path: A file of safetensors or of `torch.save` (`.pt`, `.pth`, `.ckpt`, `.bin`).
         format: The name of a kind, see `formats`; told from the file by default.
         weights: "ema" for running averages, "model" for the weights themselves, or
-            "discriminator". By default the averages where the file has them.
+            "discriminator" or "generator". By default the averages where the file has them.
         prefix: Only what is below this, such as "quantizer." in a model of one's own.
         into: A module to fill instead of a new one, for what shapes do not tell.
 

@@ -10,17 +10,17 @@ from xq.models.tokenizer import Tokenizer
 from xq.quantizers import LFQ
 
 
-def recognise(state: Shapes) -> bool:
+def _recognise(state: Shapes) -> bool:
     return {"encoder.mid_block.0.conv1.weight", "decoder.adaptive.0.gamma.weight"} <= state.keys()
 
 
-def build(state: Shapes) -> nn.Module:
+def _build(state: Shapes) -> nn.Module:
     """The tokenizer; its quantizer has nothing to learn."""
     dim, arguments = state["encoder.conv_out.weight"].shape[0], sizes(state)
     return Tokenizer(MAGVIT2Encoder(dim, **arguments), LFQ(dim), MAGVIT2Decoder(dim, **arguments))
 
 
-def table(state: Shapes) -> KeyTable:
+def _table(state: Shapes) -> KeyTable:
     rules: list[Rule] = []
     levels = level_count(state)
     for i in range(levels):
@@ -53,4 +53,4 @@ def _depths(weight: Tensor) -> Tensor:
     return weight.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
 
 
-FORMAT = Format("open_magvit2", "Open-MAGVIT2 with LFQ", recognise, build, table)
+FORMAT = Format("open_magvit2", "Open-MAGVIT2 with LFQ", _recognise, _build, _table)

@@ -27,6 +27,7 @@ _SETS = {
     "model": ("model", "state_dict", "vae_local"),
     "ema": ("ema", "model_ema", "state_dict_ema", "ema_state_dict"),
     "discriminator": ("discriminator",),
+    "generator": ("var_wo_ddp",),
 }
 _LIGHTNING_EMA = "model_ema."
 # pickles name functions and types; all but these become `_Inert`
@@ -34,7 +35,8 @@ _KNOWN: dict[tuple[str, str], Any] = {("collections", "OrderedDict"): collection
 
 
 def read_sets(path: PathLike) -> dict[str, State]:
-    """The sets of weights in a file, "model", "ema" and "discriminator", as far as it has them.
+    """The sets of weights in a file, "model", "ema", "discriminator" and "generator", as far as it has
+    them.
 
     Reads safetensors and what `torch.save` writes, in both of its forms. Of the latter only tensors
     and what holds them are made; every other class or function that the file names becomes an

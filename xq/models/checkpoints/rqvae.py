@@ -13,11 +13,11 @@ from xq.models.tokenizer import Tokenizer
 from xq.quantizers import VQ, ResidualQuantizer
 
 
-def recognise(state: Shapes) -> bool:
+def _recognise(state: Shapes) -> bool:
     return is_taming(state) and _weight(0) in state
 
 
-def build(state: Shapes) -> nn.Module:
+def _build(state: Shapes) -> nn.Module:
     """The tokenizer with its codes as parameters; the file's running averages are left out."""
     depth, dim = _depth(state), state[_weight(0)].shape[1]
     codebooks = [VQ(dim, state[_weight(k)].shape[0] - 1) for k in range(depth)]
@@ -30,7 +30,7 @@ def build(state: Shapes) -> nn.Module:
     return Tokenizer(encoder, quantizer, decoder)
 
 
-def table(state: Shapes) -> KeyTable:
+def _table(state: Shapes) -> KeyTable:
     kept = 1 if _is_shared(state) else _depth(state)
     return KeyTable(
         [
@@ -76,4 +76,4 @@ def _padded(codes: Tensor) -> Tensor:
     return F.pad(codes, (0, 0, 0, 1))
 
 
-FORMAT = Format("rqvae", "RQ-VAE", recognise, build, table)
+FORMAT = Format("rqvae", "RQ-VAE", _recognise, _build, _table)

@@ -15,33 +15,33 @@ from xq.quantizers import VQ, GumbelVQ
 _BLOCKS = 2
 
 
-def recognise(state: Shapes) -> bool:
+def _recognise(state: Shapes) -> bool:
     is_plain = is_taming(state) and "quantize.embedding.weight" in state
     return is_plain and block_count(state) == _BLOCKS
 
 
-def build(state: Shapes) -> nn.Module:
+def _build(state: Shapes) -> nn.Module:
     codebook_size, dim = state["quantize.embedding.weight"].shape
     encoder, decoder = cnn(state)
     return Tokenizer(encoder, VQ(dim, codebook_size), decoder)
 
 
-def table(state: Shapes) -> KeyTable:
+def _table(state: Shapes) -> KeyTable:
     codebook = Rename("quantize.embedding.weight", "quantizer.codebook.weight")
     return KeyTable([*cnn_rules(state), codebook, Drop("loss.")])
 
 
-def recognise_gumbel(state: Shapes) -> bool:
+def _recognise_gumbel(state: Shapes) -> bool:
     return is_taming(state) and "quantize.embed.weight" in state
 
 
-def build_gumbel(state: Shapes) -> nn.Module:
+def _build_gumbel(state: Shapes) -> nn.Module:
     codebook_size, dim = state["quantize.embed.weight"].shape
     encoder, decoder = cnn(state)
     return Tokenizer(encoder, GumbelVQ(dim, codebook_size), decoder)
 
 
-def gumbel_table(state: Shapes) -> KeyTable:
+def _gumbel_table(state: Shapes) -> KeyTable:
     return KeyTable(
         [
             *cnn_rules(state),
@@ -62,12 +62,12 @@ def _as_convolution(weight: Tensor) -> Tensor:
 
 
 FORMATS = (
-    Format("taming", "taming-transformers VQGAN", recognise, build, table),
+    Format("taming", "taming-transformers VQGAN", _recognise, _build, _table),
     Format(
         "taming_gumbel",
         "taming-transformers VQGAN with Gumbel",
-        recognise_gumbel,
-        build_gumbel,
-        gumbel_table,
+        _recognise_gumbel,
+        _build_gumbel,
+        _gumbel_table,
     ),
 )

@@ -27,12 +27,12 @@ _TITLE = "TiTok"
 _VQGAN = "decoder.head.vqgan."
 
 
-def recognise(state: Shapes) -> bool:
+def _recognise(state: Shapes) -> bool:
     tokens = {"latent_tokens", "encoder.latent_token_positional_embedding", "decoder.mask_token"}
     return tokens <= state.keys()
 
 
-def build(state: Shapes) -> nn.Module:
+def _build(state: Shapes) -> nn.Module:
     """The tokenizer with an ordinary `VQ`.
 
     Raises:
@@ -52,7 +52,7 @@ def build(state: Shapes) -> nn.Module:
     return Tokenizer(encoder, VQ(dim, codebook_size, normalize=predicts_codes), decoder)
 
 
-def table(state: Shapes) -> KeyTable:
+def _table(state: Shapes) -> KeyTable:
     colours, p, q = state["encoder.patch_embed.weight"].shape[1:]
     return KeyTable(
         [
@@ -175,4 +175,4 @@ def _with_batch(tensor: Tensor) -> Tensor:
     return tensor[None]
 
 
-FORMAT = Format("titok", "TiTok", recognise, build, table)
+FORMAT = Format("titok", "TiTok", _recognise, _build, _table)

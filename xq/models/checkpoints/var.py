@@ -14,12 +14,12 @@ _HITS = "quantize.ema_vocab_hit_SV"
 _SCALES = published_scales(10)
 
 
-def recognise(state: Shapes) -> bool:
+def _recognise(state: Shapes) -> bool:
     fused = {"encoder.mid.attn_1.qkv.weight", "decoder.up.0.block.0.conv1.weight"}
     return {*fused, "quantize.embedding.weight"} <= state.keys()
 
 
-def build(state: Shapes) -> nn.Module:
+def _build(state: Shapes) -> nn.Module:
     """The tokenizer with VAR's ten scales up to 16 x 16; no file tells them.
 
     For other scales, such as those of 512 x 512 images, call `with_scales`.
@@ -42,7 +42,7 @@ def build(state: Shapes) -> nn.Module:
     return Tokenizer(encoder, quantizer, decoder)
 
 
-def table(state: Shapes) -> KeyTable:
+def _table(state: Shapes) -> KeyTable:
     return KeyTable(
         [
             *cnn_rules(state),
@@ -63,4 +63,4 @@ def _refinements(state: Shapes) -> list[str]:
     return sorted({name for name in names if f"{name}{suffix}" in state}, key=lambda n: (len(n), n))
 
 
-FORMAT = Format("var", "VAR multi-scale VQVAE", recognise, build, table)
+FORMAT = Format("var", "VAR multi-scale VQVAE", _recognise, _build, _table)

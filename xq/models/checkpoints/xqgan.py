@@ -1,7 +1,7 @@
 """XQ-GAN (Li et al. 2024), and ImageFolder and RobustTok, which are of the same code.
 
 Both pipelines: vision transformers ("SC": VQ, VP2, MSVR10P2, MSBR10P2 and RobustTok files, those
-trained on LAION and IMed, ImageFolder's) and the CNN ("V"), and the three discriminators.
+trained on LAION and IMed, ImageFolder's) and the CNN ("V").
 
 Shapes do not tell what the released files have: images and grids are square, the transformers are
 DINOv2's, codes of one scale are normalized and those of several found by angle, ten scales up to
@@ -14,7 +14,7 @@ Known and left out: the teachers (`semantic_model`, `detail_model`) and what onl
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
 from typing import Any
@@ -22,7 +22,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from xq.config import describe
-from xq.losses import PatchGAN, StyleGANDiscriminator
 from xq.models.checkpoints.format import Format
 from xq.models.checkpoints.key_table import Drop, KeyTable, Rename, Rule
 from xq.models.checkpoints.llamagen import cnn_sizes
@@ -111,18 +110,24 @@ def _paths(state: Shapes, branches: int) -> list[str]:
 def _branch(state: Shapes, path: str, tokens: int) -> Quantizer:
     codes, signs = f"{path}embedding.weight", f"{path}scaler"
     refinements = _refinements(state, path)
-    if codes in state and state[f"{path}ema_vocab_hit_SV"].ndim == 1:
+    scales = _number_of_scales(state, path)
+    if codes in state and scales is None:
         codebook_size, dim = state[codes].shape
         return VQ(dim, codebook_size, normalize=True)
-    scales = len(state[f"{path}ema_vocab_hit_SV"])
     if codes in state:
         codebook_size, dim = state[codes].shape
         leaf, shrink = VQ(dim, codebook_size, metric="cosine"), None
     else:
         dim = state["quant_conv.weight"].shape[0]
         leaf, shrink = _signs(dim, state[signs])
-    pyramid = Pyramid(_scales(scales, tokens), [Refine(dim) for _ in refinements])
+    pyramid = Pyramid(_scales(scales or 1, tokens), [Refine(dim) for _ in refinements])
     return ResidualQuantizer(leaf, multiscale=pyramid, shrink=shrink)
+
+
+def _number_of_scales(state: Shapes, path: str) -> int | None:
+    """As many as there are rows of counts; None for the quantizer of one scale, which has none."""
+    uses = state[f"{path}ema_vocab_hit_SV"]
+    return len(uses) if uses.ndim > 1 else None
 
 
 def _signs(dim: int, scaler: Tensor) -> tuple[Quantizer, float | None]:
@@ -190,9 +195,7 @@ def _table(state: Shapes) -> KeyTable:
 def _projection(old: str, new: str) -> list[Rule]:
     """A convolution of one pixel there, a linear map here."""
     return [
-        Rename(
-            f"{old}weight", f"{new}weight", lambda w: w[:, :, 0, 0], lambda w: w[..., None, None]
-        ),
+        Rename(f"{old}weight", f"{new}weight", _as_matrix, _as_kernel),
         Rename(f"{old}bias", f"{new}bias"),
     ]
 
@@ -266,64 +269,7 @@ def _table_cnn(state: Shapes) -> KeyTable:
     )
 
 
-def _build_patchgan(state: Shapes) -> nn.Module:
-    channels, image_channels = state["main.0.weight"].shape[:2]
-    # convolutions that halve, one that does not, and the logits
-    depth = sum(tensor.ndim == 4 for tensor in state.values()) - 2
-    return PatchGAN(image_channels, channels=channels, depth=depth, norm=_norm(state))
-
-
-def _norm(state: Shapes) -> str:
-    return "batch" if "main.3.running_mean" in state else "group"
-
-
-def _build_stylegan(state: Shapes) -> nn.Module:
-    blocks = next(i for i in count() if f"blocks.{i + 2}.conv_res.weight" not in state)
-    image_channels = state["blocks.0.weight"].shape[1]
-    return StyleGANDiscriminator(4 << blocks, image_channels=image_channels)
-
-
-def _build_dino(state: Shapes) -> nn.Module:
-    raise ValueError(
-        "XQ-GAN's files hold no vision transformer for the discriminator: give one, as in "
-        "into=DINODiscriminator(), which downloads it, or with weights= for a local file"
-    )
-
-
-def _as_they_are(*parts: str, left_out: Sequence[str] = ()) -> Any:
-    rules = [*map(Drop, left_out), *(Rename(part, part) for part in parts)]
-    return lambda state: KeyTable(rules)
-
-
-def _has(name: str) -> Any:
-    return lambda state: name in state
-
-
 FORMATS = (
     Format("xqgan", "XQ-GAN", _recognise, _build, _table),
     Format("xqgan_cnn", "XQ-GAN with a CNN", _recognise_cnn, _build_cnn, _table_cnn),
-    Format(
-        "xqgan_dino",
-        "XQ-GAN's DINO discriminator",
-        _has("heads.0.0.0.weight_orig"),
-        _build_dino,
-        _as_they_are("heads."),
-    ),
-    Format(
-        "xqgan_patchgan",
-        "PatchGAN discriminator",
-        _has("main.11.weight"),
-        _build_patchgan,
-        _as_they_are("main."),
-    ),
-    Format(
-        "xqgan_stylegan",
-        "StyleGAN discriminator",
-        _has("blocks.2.downsample.1.weight"),
-        _build_stylegan,
-        _as_they_are(
-            *("blocks.", "final_conv.", "final_linear."),
-            left_out=["blocks.{i}.downsample.0.f"],
-        ),
-    ),
 )
