@@ -25,6 +25,7 @@ bench: .venv/installed-bench ## time xq beside other libraries, half an hour
 	$(BIN)/python -m benchmarks.trees
 	$(BIN)/python -m benchmarks.losses
 	$(BIN)/python -m benchmarks.tokenizers
+	$(BIN)/python -m benchmarks.generate
 	$(BIN)/python -m benchmarks.imports
 	$(BIN)/python -m benchmarks.report
 

@@ -6,14 +6,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import distortion, entropy, imports, lookup, losses, step, tokenizers, trees
+from benchmarks import (
+    distortion,
+    entropy,
+    generate,
+    imports,
+    lookup,
+    losses,
+    step,
+    tokenizers,
+    trees,
+)
 from benchmarks.asked import judged
 from benchmarks.harness import RESULTS, Benchmark, replacing
 from benchmarks.machine import line
 from benchmarks.words import memory, rate, ratio, share, time
 
 PAGE = Path(__file__).parent / "README.md"
-_MODULES = (lookup, entropy, step, trees, losses, tokenizers, imports, distortion)
+_MODULES = (
+    *(lookup, entropy, step, trees, losses),
+    *(tokenizers, generate, imports, distortion),
+)
 BENCHMARKS = {module.BENCHMARK.name: module.BENCHMARK for module in _MODULES}
 DEVICES = {"cpu": ("CPU", ""), "cuda": ("GPU", "-cuda")}
 NOT_MEASURED = "not measured"

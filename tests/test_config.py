@@ -9,6 +9,9 @@ from torch import nn
 
 from xq.config import build, describe
 from xq.models import (
+    AR,
+    RAR,
+    VAR,
     CNNDecoder,
     CNNEncoder,
     LinearDecoder,
@@ -156,6 +159,10 @@ MODULES = {
     "TiTokDecoder-vqgan": TiTokDecoder(
         5, **VIT, tokens=3, vqgan=MaskGITDecoder(6, 7, channels=4, multipliers=(1, 2, 1), blocks=1)
     ),
+    "AR": AR(7, (2, 3), code_shape=(2,), classes=3, width=8, depth=1, heads=2, drop_path=0.1),
+    "AR-pyramid": AR(7, ((1, 1), (1, 2)), text=(3, 4), width=8, depth=1, heads=1, class_drop=0.2),
+    "RAR": RAR(7, (5,), classes=3, width=8, depth=1, heads=2, hidden=12, dropout=0.2),
+    "VAR": VAR(6, 8, (1, (2, 3)), code_shape=(2,), depth=1, width=4, heads=2, head="bits"),
     "Tokenizer": Tokenizer(LinearEncoder(4, 2), VQ(4, 7), LinearDecoder(4, 2)),
 }
 

@@ -33,6 +33,7 @@ PROMISED = {
     "xq.models": """
         Tokenizer Reconstruction CNNEncoder CNNDecoder LinearEncoder LinearDecoder
         export_encoder export_decoder to_onnx
+        VAR AR ar_b ar_l ar_xl ar_xxl RAR rar_b rar_l growing_guidance random_share
         teacher_forcing next_scale_input NextScale MAGVIT2Encoder MAGVIT2Decoder
         PatchEncoder PatchDecoder TiTokEncoder TiTokDecoder MaskGITDecoder
         ViTEncoder ViTDecoder freeze_ add_lora_ merge_lora_ save_lora load_lora_ lora_state_dict

@@ -16,6 +16,9 @@ from torch import nn
 from xq.losses import LeCam
 from xq.metrics import CodebookUsage
 from xq.models import (
+    AR,
+    RAR,
+    VAR,
     CNNDecoder,
     CNNEncoder,
     LinearDecoder,
@@ -136,6 +139,10 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "TiTokDecoder-vqgan": lambda: TiTokDecoder(
         5, **VIT, tokens=3, vqgan=MaskGITDecoder(6, 7, **VQGAN)
     ),
+    "AR": lambda: AR(7, 2, code_shape=(2,), classes=3, width=8, depth=1, heads=2),
+    "AR-pyramid": lambda: AR(7, ((1, 1), (1, 2)), text=(3, 4), width=8, depth=1, heads=1),
+    "RAR": lambda: RAR(7, (5,), classes=3, width=8, depth=1, heads=2, hidden=12),
+    "VAR": lambda: VAR(6, 7, (1, 2), code_shape=(2,), classes=3, depth=1, width=4, heads=2),
     "Tokenizer": tokenizer,
 }
 

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import os
 import pickle
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,11 @@ PathLike = str | os.PathLike[str]
 
 # what reading a broken file raises
 _DAMAGED = (
-    *(SafetensorError, EOFError, pickle.UnpicklingError, AssertionError, AttributeError),
-    *(RuntimeError, ValueError, KeyError, TypeError),
+    *(SafetensorError, EOFError, pickle.UnpicklingError, struct.error, OverflowError),
+    *(AssertionError, AttributeError, RuntimeError, ValueError, LookupError, TypeError),
 )
+# what calling a constructor with an unknown argument says
+_UNKNOWN_OPTION = "unexpected keyword argument"
 
 
 def timm_model(
@@ -51,7 +54,7 @@ def timm_model(
     """
     timm, config = imported("timm", owner, "timm"), timm_config(owner, name)
     if weights is None:
-        with downloads(owner, name), _takes(owner, name, options):
+        with _takes(owner, name, options), downloads(owner, name):
             return timm.create_model(name, pretrained, num_classes=0, **options)
     with reads(owner, name, weights):
         state = timm.models.load_state_dict(weights)
@@ -60,7 +63,7 @@ def timm_model(
     rows = [len(state[f"{h}.weight"]) for h in heads or () if f"{h}.weight" in state]
     classes = rows[0] if rows else 0
     overlay = {"state_dict": state, "num_classes": classes}
-    with reads(owner, name, weights), _takes(owner, name, options):
+    with _takes(owner, name, options), reads(owner, name, weights):
         model = timm.create_model(
             name, True, pretrained_cfg_overlay=overlay, num_classes=classes, **options
         )
@@ -138,26 +141,25 @@ def reads(owner: str, name: str, weights: PathLike, hint: str = "") -> Iterator[
         raise FileNotFoundError(f"{owner} finds no file weights={str(weights)!r}{hint}")
     try:
         yield
-    except _Refused:
-        raise
     except _DAMAGED as error:
+        # which is not the fault of the file
+        if isinstance(error, TypeError) and _UNKNOWN_OPTION in str(error):
+            raise
+        # torch advises to trust the file, which nobody can do here
+        reason = str(error).partition("In PyTorch 2.6")[0][:300]
         raise ValueError(
             f"{owner} cannot use weights={str(weights)!r}, which is damaged or no state dict of "
-            f"{name}: {str(error)[:300]}"
+            f"{name}: {reason}"
         ) from error
-
-
-class _Refused(ValueError):
-    """An option that a model does not take, which is not the fault of a file."""
 
 
 @contextmanager
 def _takes(owner: str, name: str, options: dict[str, Any]) -> Iterator[None]:
     try:
         yield
-    # what calling a constructor with an unknown argument raises
     except TypeError as error:
-        if not any(f"'{option}'" in str(error) for option in options):
+        unknown = [option for option in options if f"'{option}'" in str(error)]
+        if not (unknown and _UNKNOWN_OPTION in str(error)):
             raise
-        given = ", ".join(f"{key}={value}" for key, value in options.items())
-        raise _Refused(f"{owner}: timm's {name} does not take {given}: {error}") from error
+        given = ", ".join(f"{option}={options[option]}" for option in unknown)
+        raise ValueError(f"{owner}: timm's {name} does not take {given}") from error

@@ -31,6 +31,36 @@ def save_grid(
     sheet.save(path)
 
 
+def save_rows(
+    path: Path,
+    rows: Float[Tensor, "rows columns 3 h w"],
+    labels: Sequence[str],
+    zoom: int = 2,
+) -> None:
+    """Images in rows, each with its label before it.
+
+    Args:
+        path: The PNG file; its folder is made.
+        rows: The images.
+        labels: One a row.
+        zoom: Times that a pixel is repeated.
+    """
+    height, width = (side * zoom for side in rows.shape[3:])
+    font = ImageFont.load_default(15)
+    left = GAP + max(round(font.getlength(label)) for label in labels) + GAP
+    size = (left + rows.shape[1] * (width + GAP), GAP + rows.shape[0] * (height + GAP))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (images, label) in enumerate(zip(rows, labels, strict=True)):
+        y = GAP + i * (height + GAP)
+        draw.text((left - GAP, y + height / 2), label, QUIET, font, anchor="rm")
+        for j, image in enumerate(images):
+            panel = to_image(to_bytes(image)).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(panel, (left + j * (width + GAP), y))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
+
+
 def save_stack(path: Path, *images: Float[Tensor, "3 h w"]) -> None:
     """Pictures below each other, pixel by pixel."""
     panels = [to_image(to_bytes(image)) for image in images]

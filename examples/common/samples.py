@@ -13,9 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from common.data import find_pictures, read, tiles, to_image, to_tensor
+from common.idx import FASHION_MNIST, Idx
 
 # what WebDataset shards name their pictures
 PICTURES = ("jpg", "jpeg", "png", "webp")
+FASHION = {"fashion-mnist": "train", "fashion-mnist-test": "t10k"}
 
 
 class Samples(Protocol):
@@ -31,12 +33,16 @@ class Samples(Protocol):
 def find_samples(source: str) -> Samples:
     """The rows of "demo", of a folder of pictures, or of .tar shards: a file or a folder of them.
 
+    "fashion-mnist" and "fashion-mnist-test" are the parts of that data set, where it is installed.
+
     Raises:
         OSError: If it is not there.
         ValueError: If it holds no pictures.
     """
     if source == "demo":
         return Tiles([path for part in find_pictures("demo") for path in part])
+    if source in FASHION:
+        return Idx(FASHION_MNIST, FASHION[source])
     path = Path(source)
     shards = [path] if path.is_file() else sorted(path.rglob("*.tar"))
     if shards:

@@ -1,7 +1,12 @@
 """How many of its codes a tokenizer uses, by scale, step or branch."""
 
+from itertools import product
+
+from jaxtyping import Float
+from torch import Tensor
+
 from xq.metrics import CodebookUsage
-from xq.quantizers import Quantizer
+from xq.quantizers import Quantizer, Wrapper
 
 
 def used_shares(usage: CodebookUsage, quantizer: Quantizer) -> dict[str, float]:
@@ -15,3 +20,19 @@ def used_shares(usage: CodebookUsage, quantizer: Quantizer) -> dict[str, float]:
         kind = "branch" if quantizer.depth == 1 else "step"
         names = [f"{kind} {i + 1}" for i in range(len(shares))] if len(shares) > 1 else ["codes"]
     return dict(zip(names, shares.tolist(), strict=True))
+
+
+def usage_by_part(
+    values: Float[Tensor, "*parts"], quantizer: Quantizer | Wrapper
+) -> dict[str, float]:
+    """Values of `Usage` by scale and by branch or step, such as "2x2, 1" for the first branch."""
+    scales = [f"{h}x{w}" for h, w in quantizer.grids]
+    # equal grids follow each other
+    names = [f"{k + 1}: {name}" for k, name in enumerate(scales)]
+    found = {}
+    for place in product(*(range(length) for length in values.shape)):
+        rest = place[1:] if names else place
+        parts = [names[place[0]]] if names else []
+        parts += [str(k + 1) for k in rest]
+        found[", ".join(parts) or "codes"] = float(values[place])
+    return found

@@ -13,7 +13,7 @@ from PIL import Image
 
 pytest.importorskip("matplotlib", reason="the pictures of the bench extra")
 
-from benchmarks import entropy, harness, imports, lookup, losses, report, step, trees
+from benchmarks import entropy, generate, harness, imports, lookup, losses, report, step, trees
 from benchmarks.asked import BEST_PEER, Faster, OfLimit, Smaller, Within, judged
 from benchmarks.cases import XQ, Case, Contender, Red, Spec
 from benchmarks.gates import Nearest, check_close, check_finite, gradient
@@ -22,7 +22,7 @@ from benchmarks.memory import FreshProcesses
 from benchmarks.timing import Times, interleaved, rounds_each, schedule
 from benchmarks.words import memory, ratio, share, time
 
-MODULES = {m.BENCHMARK.name: m for m in (lookup, entropy, step, trees, losses, imports)}
+MODULES = {m.BENCHMARK.name: m for m in (lookup, entropy, step, trees, losses, generate, imports)}
 FIELDS = {"benchmark", "title", "device", "quick", "machine", "versions", "commit", "dirty"}
 FIELDS |= {"date", "lookup_override", "cases", "asked"}
 CASE = {"name", "sizes", "sweeps", "limit", "best_peer", "ahead_of_best_peer", "skipped"}
@@ -123,6 +123,13 @@ def wrong_modules():
     return [("xq.metrics", 0.001), ("faiss.loader", 0.2), ("xq", 0.001)]
 
 
+def wrong_draws(logits, **options):
+    """As if recomputation drew from other logits than those that were kept."""
+    from xq.models.sampling import draw
+
+    return (draw(logits, **options) + 1) % logits.shape[-1]
+
+
 def wrong_distances(image, target, trunk, heads):
     return (image - target).square().mean((1, 2, 3))
 
@@ -133,6 +140,7 @@ BROKEN = {
     "trees": ("xq.quantizers.vq.nearest", wrong_indices, "other indices than the loop"),
     "entropy": ("xq.quantizers.binary.sign_entropy", wrong_entropy, "per_token is off by 0.001"),
     "losses": ("xq.losses.perceptual.lpips", wrong_distances, "the distance is off by"),
+    "generate": ("benchmarks.generate.draw", wrong_draws, "of the tokens differ from those of"),
     "imports": ("benchmarks.imports.own_modules", wrong_modules, "import xq imports faiss, which"),
 }
 

@@ -589,6 +589,14 @@ def test_reconstruct_refuses(image, message):
         linear(VQ(4, 11)).reconstruct(image)
 
 
+def test_pictures_are_no_tensors():
+    from PIL import Image
+
+    for way in ("encode", "reconstruct"):
+        with pytest.raises(ValueError, match=r"got Image; xq.images.to_images makes them of pict"):
+            getattr(linear(VQ(8, 16)), way)(Image.new("RGB", (8, 8)))
+
+
 def test_padding_and_cropping_take_any_size():
     model, image = linear(VQ(4, 11)).eval(), rand_pictures(2, 7, 5)
     padded = pad_to_multiple(image, model.encoder.stride)

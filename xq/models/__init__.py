@@ -1,5 +1,12 @@
 """Tokenizers, and the encoders and decoders around their quantizers."""
 
+from xq.models.ar import (
+    AR as AR,
+    ar_b as ar_b,
+    ar_l as ar_l,
+    ar_xl as ar_xl,
+    ar_xxl as ar_xxl,
+)
 from xq.models.cnn import CNNDecoder as CNNDecoder, CNNEncoder as CNNEncoder
 from xq.models.export import (
     export_decoder as export_decoder,
@@ -19,6 +26,13 @@ from xq.models.next_scale import (
     teacher_forcing as teacher_forcing,
 )
 from xq.models.plain_vit import PatchDecoder as PatchDecoder, PatchEncoder as PatchEncoder
+from xq.models.rar import (
+    RAR as RAR,
+    growing_guidance as growing_guidance,
+    random_share as random_share,
+    rar_b as rar_b,
+    rar_l as rar_l,
+)
 from xq.models.titok import TiTokDecoder as TiTokDecoder, TiTokEncoder as TiTokEncoder
 from xq.models.titok_pixels import MaskGITDecoder as MaskGITDecoder
 from xq.models.tokenizer import Reconstruction as Reconstruction, Tokenizer as Tokenizer
@@ -31,4 +45,5 @@ from xq.models.tuning import (
     merge_lora_ as merge_lora_,
     save_lora as save_lora,
 )
+from xq.models.var import VAR as VAR
 from xq.models.vit import ViTDecoder as ViTDecoder, ViTEncoder as ViTEncoder

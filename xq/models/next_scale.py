@@ -110,7 +110,8 @@ def advance(tree: Any, newest: Tensor, k: int, z: Tensor | None) -> NextScale:
     """
     with float32_island(newest.device.type), one_call():
         step = tree.dequantize_step(newest.unflatten(1, tree.grids[k]), k)
-        total = step if z is None else z + step
+        # from zero, as in `decode`, so that even the sign of zeros agrees
+        total = (torch.zeros_like(step) if z is None else z) + step
         following = area(total, tree.grids[k + 1]) if k + 1 < tree.depth else total[:, :0]
         return NextScale(following.flatten(1, 2), total)
 

@@ -15,11 +15,12 @@ def guided(
     unconditional: Float[Tensor, "*batch codes"],
     scale: float,
 ) -> Float[Tensor, "*batch codes"]:
-    """Classifier-free guidance (Ho and Salimans 2022): `u + scale * (c - u)`.
+    """Classifier-free guidance (Ho and Salimans 2022): `u + scale * (c - u)`, in float32.
 
-    So 1 is the conditional prediction as it is. What VAR calls cfg is `scale - 1`.
+    So 1 is the conditional prediction, bit for bit. What VAR calls cfg is `scale - 1`.
     """
-    return unconditional + scale * (conditional - unconditional)
+    conditional, unconditional = widen(conditional), widen(unconditional)
+    return conditional + (scale - 1) * (conditional - unconditional)
 
 
 def filtered(
@@ -37,15 +38,15 @@ def filtered(
     """
     logits = widen(logits)
     count = logits.shape[-1]
-    narrow = top_p is not None and top_p < 1
-    if not narrow and (top_k is None or top_k >= count):
+    most, share = min(top_k or count, count), 1.0 if top_p is None else top_p
+    if most == count and share == 1:
         return logits
-    best = logits.topk(count if top_k is None else min(top_k, count), dim=-1).values
-    if narrow:
+    best = logits.topk(most, dim=-1).values
+    if share < 1:
         shares = best.softmax(-1)
         before = shares.cumsum(-1) - shares
         # sorted, so that what stays is a prefix, of at least one
-        best = torch.where(before < top_p, best, best[..., :1])
+        best = torch.where(before < share, best, best[..., :1])
     return logits.masked_fill(logits < best.amin(-1, keepdim=True), -torch.inf)
 
 

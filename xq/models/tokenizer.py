@@ -55,9 +55,7 @@ class Tokenizer(Pretrained):
         return Reconstruction(self._image(quantized.z), quantized)
 
     @torch.no_grad()
-    def encode(
-        self, image: Shaped[Tensor, "..."], *, chunk: int | None = None
-    ) -> Int[Tensor, "..."]:
+    def encode(self, image: Any, *, chunk: int | None = None) -> Int[Tensor, "..."]:
         """The tokens of images, in the mode that the modules are in: call `eval()` after training.
 
         Args:
@@ -67,6 +65,7 @@ class Tokenizer(Pretrained):
         Raises:
             ValueError: If the encoder or the quantizer does not take images of this size or kind.
         """
+        _check_tensor(image)
         return _in_chunks(lambda part: self.quantizer.encode(self._latent(part)), image, chunk)
 
     def decode(
@@ -93,9 +92,7 @@ class Tokenizer(Pretrained):
             yield _in_chunks(self._image, z, chunk)
 
     @torch.no_grad()
-    def reconstruct(
-        self, image: Shaped[Tensor, "..."], *, chunk: int | None = None
-    ) -> Float[Tensor, "b c h w"]:
+    def reconstruct(self, image: Any, *, chunk: int | None = None) -> Float[Tensor, "b c h w"]:
         """What is left of images after encoding and decoding, ready to be shown.
 
         In eval mode whatever mode the modules are in, without gradients, clamped to [-1, 1], in the
@@ -110,6 +107,7 @@ class Tokenizer(Pretrained):
             ValueError: If values lie outside [-1, 1], or the encoder or the quantizer does not take
                 images of this size.
         """
+        _check_tensor(image)
         _check_range(image)
         with eval_mode(self):
             made = _in_chunks(lambda part: self.decode(self.encode(part)), image, chunk)
@@ -162,6 +160,14 @@ def _check_grid(image: Tensor, got: tuple[int, ...], grid: tuple[int, int]) -> N
         f"{width} pixels, got {size[0]} x {size[1]} pixels, which are {got[0]} x {got[1]} tokens; "
         "resize or crop the images, or give it that resolution: tokenizer.with_scales(...)"
     )
+
+
+def _check_tensor(image: Any) -> None:
+    if not isinstance(image, Tensor):
+        raise ValueError(
+            f"Tokenizer takes images as tensors (b, c, h, w), got {type(image).__name__}; "
+            "xq.images.to_images makes them of pictures and arrays"
+        )
 
 
 def _check_range(image: Tensor) -> None:

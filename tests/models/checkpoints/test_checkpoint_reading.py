@@ -262,12 +262,13 @@ def test_averages_of_lightning(tmp_path):
     assert_equal(sets["ema"], expected | {"c_d.bias": torch.ones(3)})
 
 
-def test_tokenizer_within_a_trainer(tmp_path):
+def test_tokenizer_and_generator_within_a_trainer(tmp_path):
     trainer = {"vae_local": state(), "var_wo_ddp": {"w": torch.ones(1)}, "config": None}
     save({"epoch": 3, "trainer": trainer}, tmp_path / "f.pth")
     sets = read_sets(tmp_path / "f.pth")
-    assert set(sets) == {"model"}
+    assert set(sets) == {"model", "generator"}
     assert_equal(sets["model"], state())
+    assert_equal(sets["generator"], trainer["var_wo_ddp"])
 
 
 def test_a_state_dict_by_itself(tmp_path):

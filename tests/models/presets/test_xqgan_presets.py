@@ -85,3 +85,12 @@ def test_any_tree_in_both_pipelines(name, make):
     z, indices, _ = quantizer(torch.randn(tokens.shape))
     assert z.shape == tokens.shape
     assert indices.numel() == places * math.prod(quantizer.code_shape)
+
+
+def test_starts_from_a_local_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"ViTEncoder finds no file weights='none.pth'"):
+        vq(4096, weights="none.pth")
+    (tmp_path / "junk.pth").write_bytes(b"abc" * 100)
+    for make in (vp2, msvr10p2, msbr10p2, robusttok):
+        with pytest.raises(ValueError, match=r"ViTEncoder cannot use weights=.*junk.pth.*damaged"):
+            make(weights=tmp_path / "junk.pth")

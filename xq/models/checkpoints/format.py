@@ -59,6 +59,32 @@ class Format(NamedTuple):
             self._fill_buffers(module, state)
         return module.eval()
 
+    def write(
+        self, module: nn.Module, like: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The way back: a module's weights by the other project's names.
+
+        What xq has no place for, such as counts of uses, is left out.
+
+        Args:
+            module: What `read` gave, or one of the same parts.
+            like: A state dict of this kind with the same layout, such as the file's, where names or
+                shapes over there depend on it.
+
+        Raises:
+            ValueError: If names are unknown, or `like` is needed.
+        """
+        try:
+            table = self.table({} if like is None else like)
+        except (KeyError, ValueError) as error:
+            if like is not None:
+                raise
+            raise ValueError(
+                f"{self.title} has names that depend on its layout: give write(module, like=...) a "
+                "state dict of that kind, such as the file's that the module was read from"
+            ) from error
+        return table.revert(_owned(module))
+
     def misfit(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """The names of a state dict that are unknown, and those in xq that it has nothing for."""
         return _misfit(self.table(state), state, self._built(state))

@@ -8,6 +8,8 @@ published size of that width.
 Its `w1`, `w3` and `w2` are gate, expansion and contraction of SwiGLU.
 """
 
+from typing import Any
+
 from torch import nn
 
 from xq.models.ar import AR
@@ -34,7 +36,7 @@ _BLOCK = {
 
 
 def recognise(state: Shapes) -> bool:
-    return _OWN <= state.keys()
+    return state.keys() >= _OWN
 
 
 def build(state: Shapes) -> nn.Module:
@@ -49,9 +51,11 @@ def build(state: Shapes) -> nn.Module:
             f"{_TITLE} is published in the widths {', '.join(map(str, sorted(_HEADS)))}, got "
             f"{width}, for which the number of heads is unknown: build an AR, and pass it as into="
         )
-    condition = tuple(state[_TEXT].shape) if _TEXT in state else state[_CLASSES].shape[0] - 1
-    depth = count(state, "layers.")
-    return AR(codes, condition=condition, width=width, depth=depth, heads=_HEADS[width])
+    sizes: Any = {"width": width, "depth": count(state, "layers."), "heads": _HEADS[width]}
+    if _TEXT in state:
+        return AR(codes, text=tuple(state[_TEXT].shape), **sizes)
+    rows, _ = state[_CLASSES].shape
+    return AR(codes, classes=rows - 1, **sizes)
 
 
 def table(state: Shapes) -> KeyTable:

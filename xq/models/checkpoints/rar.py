@@ -27,7 +27,7 @@ _BLOCK = {
 
 
 def recognise(state: Shapes) -> bool:
-    return _OWN <= state.keys()
+    return state.keys() >= _OWN
 
 
 def build(state: Shapes) -> nn.Module:

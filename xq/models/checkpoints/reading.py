@@ -35,8 +35,7 @@ _KNOWN: dict[tuple[str, str], Any] = {("collections", "OrderedDict"): collection
 
 
 def read_sets(path: PathLike) -> dict[str, State]:
-    """The sets of weights in a file, "model", "ema", "discriminator" and "generator", as far as it has
-    them.
+    """The sets of weights in a file: "model", "ema", "discriminator", "generator", or some of them.
 
     Reads safetensors and what `torch.save` writes, in both of its forms. Of the latter only tensors
     and what holds them are made; every other class or function that the file names becomes an

@@ -7,12 +7,16 @@ What a state dict does not tell is the library's default, unless its numbers say
 - `VectorQuantize` and `ResidualVQ`: codes of unit length are those of `use_cosine_sim`. Codes that
   are not the mean of their statistics were learned by gradient, and the statistics are left out.
   Running averages go on with its decay 0.8 and smoothing 1e-5, and no code is revived. Several
-  heads become a product; heads that share a codebook are told by their projection alone.
+  heads become a product; heads that share a codebook are told by their projection alone. Without
+  one, read the one codebook and wrap it: `ProductQuantizer(loaded, heads, shared=True)`.
 - `LFQ`: its codes are +-1. Its first channel is the highest bit of an index, ours the lowest. With
   projections these are turned around, so indices are the same; without, each has its bits reversed.
+  What was trained with `spherical=True` needs `into=Projected(BSQ(bits), dim)`, or its decoded
+  vectors are too long; another `codebook_scale` than 1 is not read.
 - `SimVQ` and `ResidualSimVQ`: the map of the codes is one linear layer without bias.
 - `FSQ` keeps nothing, or its projections alone: give the levels, as in
-  `into=Projected(FSQ([8, 5, 5, 5], bound="vqp"), dim)`.
+  `into=Projected(FSQ([8, 5, 5, 5], bound="vqp"), dim)`. A `ResidualFSQ` has the same names, and is
+  not read.
 """
 
 from collections.abc import Mapping, Sequence

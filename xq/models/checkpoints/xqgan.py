@@ -7,7 +7,7 @@ Shapes do not tell what the released files have: images and grids are square, th
 DINOv2's, codes of one scale are normalized and those of several found by angle, ten scales up to
 11 x 11. What differs is read with `load_checkpoint(path, into=tokenizer)`.
 
-The way back, for models of one's own too, is `formats()["xqgan"].table({}).revert(state_dict)`.
+The way back, for models of one's own too, is `formats()["xqgan"].write(tokenizer)`.
 
 Known and left out: the teachers (`semantic_model`, `detail_model`) and what only their losses use
 (`sem_linear`), tables of levels, and counts of uses.
@@ -125,9 +125,14 @@ def _branch(state: Shapes, path: str, tokens: int) -> Quantizer:
 
 
 def _number_of_scales(state: Shapes, path: str) -> int | None:
-    """As many as there are rows of counts; None for the quantizer of one scale, which has none."""
-    uses = state[f"{path}ema_vocab_hit_SV"]
-    return len(uses) if uses.ndim > 1 else None
+    """As many as there are rows of counts; None for the quantizer of one scale, which has none.
+
+    Weights that went the way back have no counts, and then the number of the released files.
+    """
+    uses = state.get(f"{path}ema_vocab_hit_SV")
+    if uses is not None:
+        return len(uses) if uses.ndim > 1 else None
+    return len(SCALES) if _refinements(state, path) else None
 
 
 def _signs(dim: int, scaler: Tensor) -> tuple[Quantizer, float | None]:
@@ -211,9 +216,8 @@ def _as_kernel(matrix: Tensor) -> Tensor:
 def _branch_rules(state: Shapes, old: str, new: str) -> list[Rule]:
     """The names of a branch; an empty state dict gives those of the way back."""
     first = old.format(p=0)
-    uses = state.get(f"{first}ema_vocab_hit_SV")
     leaves = [new, f"{new}steps.0."]
-    if uses is not None and uses.ndim > 1:
+    if _number_of_scales(state, first) is not None:
         leaves.reverse()
     # the last is for the way back alone, of `Perturbed`
     codes = [f"{leaf}codebook.weight" for leaf in (*leaves, f"{new}quantizer.")]

@@ -5,7 +5,9 @@ decoder, stochastic depth 0.1. With `pretrained=True` both start from DINOv2, as
 """
 
 from functools import partial
+from typing import Any
 
+from xq.backbones import PathLike
 from xq.models.cnn import CNNDecoder, CNNEncoder
 from xq.models.presets.row import Row
 from xq.models.tokenizer import Tokenizer
@@ -29,7 +31,9 @@ _VQ_CHANNELS = {4096: 64, 8192: 32}
 _CHANNELS = 32
 
 
-def vq(codebook_size: int = 4096, *, pretrained: bool = False) -> Tokenizer:
+def vq(
+    codebook_size: int = 4096, *, pretrained: bool = False, weights: PathLike | None = None
+) -> Tokenizer:
     """XQ-GAN's VQ: one grid of 16 x 16 normalized codes.
 
     256 tokens; 3072 bits with 4096 codes, of 64 channels, 3328 with 8192, of 32. Released with
@@ -38,15 +42,18 @@ def vq(codebook_size: int = 4096, *, pretrained: bool = False) -> Tokenizer:
     Args:
         codebook_size: 4096 or 8192.
         pretrained: Downloads DINOv2 to start from.
+        weights: A local file of DINOv2's ViT-B instead.
 
     Raises:
         ValueError: If there is none of that size.
     """
     _check("vq", codebook_size, tuple(_VQ_CHANNELS))
-    return xqgan_sc(_unit_vq(codebook_size), pretrained=pretrained)
+    return xqgan_sc(_unit_vq(codebook_size), pretrained=pretrained, weights=weights)
 
 
-def vp2(codebook_size: int = 4096, *, pretrained: bool = False) -> Tokenizer:
+def vp2(
+    codebook_size: int = 4096, *, pretrained: bool = False, weights: PathLike | None = None
+) -> Tokenizer:
     """XQ-GAN's VP2: a product of two grids of 16 x 16 normalized codes.
 
     2 x 256 tokens; 6144 bits with 4096 codes, 7168 with 16384. Reconstruction FID 0.94 (0.90 in the
@@ -55,16 +62,19 @@ def vp2(codebook_size: int = 4096, *, pretrained: bool = False) -> Tokenizer:
     Args:
         codebook_size: 4096 or 16384.
         pretrained: Downloads DINOv2 to start from.
+        weights: A local file of DINOv2's ViT-B instead.
 
     Raises:
         ValueError: If there is none of that size.
     """
     _check("vp2", codebook_size, (4096, 16384))
     branch = VQ(_CHANNELS, codebook_size, normalize=True)
-    return xqgan_sc(ProductQuantizer(branch, 2), pretrained=pretrained)
+    return xqgan_sc(ProductQuantizer(branch, 2), pretrained=pretrained, weights=weights)
 
 
-def msvr10p2(codebook_size: int = 4096, *, pretrained: bool = False) -> Tokenizer:
+def msvr10p2(
+    codebook_size: int = 4096, *, pretrained: bool = False, weights: PathLike | None = None
+) -> Tokenizer:
     """XQ-GAN's MSVR10P2: a product of two residuals over ten scales up to 11 x 11.
 
     2 x 286 tokens; 6864, 7436 and 8008 bits with 4096, 8192 and 16384 codes. Reconstruction FID
@@ -75,15 +85,18 @@ def msvr10p2(codebook_size: int = 4096, *, pretrained: bool = False) -> Tokenize
     Args:
         codebook_size: 4096, 8192 or 16384.
         pretrained: Downloads DINOv2 to start from.
+        weights: A local file of DINOv2's ViT-B instead.
 
     Raises:
         ValueError: If there is none of that size.
     """
     _check("msvr10p2", codebook_size, (4096, 8192, 16384))
-    return _multiscale(VQ(_CHANNELS, codebook_size, metric="cosine"), pretrained)
+    return _multiscale(VQ(_CHANNELS, codebook_size, metric="cosine"), pretrained, weights)
 
 
-def msbr10p2(codebook_size: int = 4096, *, pretrained: bool = False) -> Tokenizer:
+def msbr10p2(
+    codebook_size: int = 4096, *, pretrained: bool = False, weights: PathLike | None = None
+) -> Tokenizer:
     """XQ-GAN's MSBR10P2: as `msvr10p2` with binary codes on a sphere.
 
     2 x 286 tokens; 6864 bits with 4096 codes, of 12 channels, 8008 with 16384, of 14.
@@ -93,16 +106,17 @@ def msbr10p2(codebook_size: int = 4096, *, pretrained: bool = False) -> Tokenize
     Args:
         codebook_size: 4096 or 16384.
         pretrained: Downloads DINOv2 to start from.
+        weights: A local file of DINOv2's ViT-B instead.
 
     Raises:
         ValueError: If there is none of that size.
     """
     _check("msbr10p2", codebook_size, (4096, 16384))
     # the original's entropy is that of single bits
-    return _multiscale(BSQ(codebook_size.bit_length() - 1, group_size=1), pretrained)
+    return _multiscale(BSQ(codebook_size.bit_length() - 1, group_size=1), pretrained, weights)
 
 
-def robusttok(*, pretrained: bool = False) -> Tokenizer:
+def robusttok(*, pretrained: bool = False, weights: PathLike | None = None) -> Tokenizer:
     """RobustTok (Qiu et al. 2025, arXiv 2503.08354): `vq(4096)` that learns with perturbed tokens.
 
     256 tokens, 3072 bits. Reconstruction FID 1.02 in its repository. A training loop sets
@@ -110,8 +124,11 @@ def robusttok(*, pretrained: bool = False) -> Tokenizer:
 
     Args:
         pretrained: Downloads DINOv2 to start from.
+        weights: A local file of DINOv2's ViT-B instead.
     """
-    return xqgan_sc(Perturbed(_unit_vq(4096), 100, alpha=1.0, beta=0.1), pretrained=pretrained)
+    return xqgan_sc(
+        Perturbed(_unit_vq(4096), 100, alpha=1.0, beta=0.1), pretrained=pretrained, weights=weights
+    )
 
 
 def xqgan_sc(
@@ -121,8 +138,12 @@ def xqgan_sc(
     tokens: int | None = None,
     branches: int | None = None,
     pretrained: bool = False,
+    weights: PathLike | None = None,
 ) -> Tokenizer:
     """XQ-GAN's pipeline of vision transformers ("SC") around any quantizer.
+
+    ViT-B with patches of 16 pixels; other backbones and patches are arguments of `ViTEncoder` and
+    `ViTDecoder`.
 
     Args:
         quantizer: Any tree, or one in a wrapper that takes vectors channel-last.
@@ -131,6 +152,7 @@ def xqgan_sc(
             patches.
         branches: Sets of query tokens; by default as many as a product has branches.
         pretrained: Downloads DINOv2 to start from.
+        weights: A local file of DINOv2's ViT-B instead.
 
     Raises:
         ValueError: If a size does not fit.
@@ -139,7 +161,8 @@ def xqgan_sc(
         tokens = quantizer.grids[-1][0] if quantizer.scales else image_size // 16
     if branches is None:
         branches = quantizer.P if isinstance(quantizer, ProductQuantizer) else 1
-    part = {"image_size": image_size, "tokens": tokens, "drop_path": 0.1, "pretrained": pretrained}
+    part: dict[str, Any] = {"image_size": image_size, "tokens": tokens, "drop_path": 0.1}
+    part |= {"pretrained": pretrained, "weights": weights}
     return Tokenizer(
         ViTEncoder(quantizer.dim, branches=branches, **part),
         quantizer,
@@ -163,10 +186,10 @@ def _unit_vq(codebook_size: int) -> VQ:
     return VQ(_VQ_CHANNELS[codebook_size], codebook_size, normalize=True)
 
 
-def _multiscale(leaf: Quantizer, pretrained: bool) -> Tokenizer:
+def _multiscale(leaf: Quantizer, pretrained: bool, weights: PathLike | None) -> Tokenizer:
     pyramid = Pyramid(SCALES, [Refine(leaf.dim) for _ in range(4)])
     residual = ResidualQuantizer(leaf, multiscale=pyramid)
-    return xqgan_sc(ProductQuantizer(residual, 2), pretrained=pretrained)
+    return xqgan_sc(ProductQuantizer(residual, 2), pretrained=pretrained, weights=weights)
 
 
 def _check(name: str, codebook_size: int, sizes: tuple[int, ...]) -> None:

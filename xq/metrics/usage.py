@@ -1,4 +1,4 @@
-"""What to watch while a tokenizer trains. Metrics consume outputs; they never live in `forward`."""
+"""How codes are used: exactly, and as VAR and XQ-GAN count it."""
 
 import math
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from xq.distributed import SharedGroup, all_reduce_sum_
+from xq.precision import Float32
 
 # counts take 8 bytes each; beyond this (512 MiB) a histogram is no way to count
 _MOST_COUNTS = 1 << 26
@@ -137,22 +138,83 @@ class CodebookUsage(nn.Module):
         return Usage(used.float(), entropy.exp().float(), (entropy / math.log(2)).float())
 
 
-def psnr(
-    image: Float[Tensor, "..."], target: Float[Tensor, "..."], span: float = 2.0
-) -> Float[Tensor, ""]:
-    """Peak signal-to-noise ratio in dB, of the mean squared error over all elements.
+class RunningUtilisation(Float32):
+    """The share of codes in use as VAR and XQ-GAN report it: those with enough recent hits.
+
+    A running mean of hits a batch is kept for each code. A code counts as used if that is at least
+    0.08 times what it would be were all codes hit alike, **as often as there are tokens on the
+    finest scale**, whichever scale is meant. So a coarse scale cannot come near 1: with `n` tokens
+    of `h w`, it stays below `n / (0.08 h w)`. `CodebookUsage` counts exactly.
+
+    Hits are those of all processes. The first batch counts as it is for the first scale and a tenth
+    for the others, as in the released codes; then a tenth each, and a hundredth after 100 scales
+    (10 batches of 10 scales). Without scales each index of a token is counted by itself.
 
     Args:
-        image: Reconstruction.
-        target: What it should be.
-        span: Largest minus smallest value of an image; 2 for [-1, 1].
+        codebook_size: How many values each index can take.
+        code_shape: Shape of one token's indices.
+        grids: Token grids `(h, w)` of a multi-scale quantizer, coarse to fine; `()` without.
+        process_group: The processes that count together; all by default.
 
     Raises:
-        ValueError: If their shapes differ.
+        ValueError: If there would be more than 2^26 counts.
     """
-    if image.shape != target.shape:
-        raise ValueError(
-            f"psnr compares images of one shape, got {tuple(image.shape)} and {tuple(target.shape)}"
-        )
-    error = (image - target).square().mean()
-    return 10 * (span**2 / error).log10()
+
+    running: Tensor
+    margin: Tensor
+    batches: Tensor
+
+    def __init__(
+        self,
+        codebook_size: int,
+        code_shape: Sequence[int] = (),
+        grids: Sequence[tuple[int, int]] = (),
+        *,
+        process_group: Any = None,
+    ) -> None:
+        super().__init__()
+        # one batch at a time
+        self._hits = CodebookUsage(codebook_size, code_shape, grids, process_group=process_group)
+        self.register_buffer("running", torch.zeros(self._hits.counts.shape))
+        self.register_buffer("margin", torch.zeros(()))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def of(cls, quantizer: HasCodes) -> "RunningUtilisation":
+        """One for the indices of this quantizer."""
+        return cls(quantizer.codebook_size, quantizer.code_shape, quantizer.grids)
+
+    @torch.no_grad()
+    def update(self, indices: Shaped[Tensor, "..."]) -> None:
+        """Takes the next batch, of which each process has its part.
+
+        Raises:
+            ValueError: As `CodebookUsage.update`.
+        """
+        counter = self._hits
+        counter.reset()
+        counter.update(indices)
+        hits = counter.counts.clone()
+        all_reduce_sum_([hits], counter._shared_group.group)
+        # the finest scale's, which is the last one
+        scales = hits.reshape(len(counter.grids) or 1, -1, hits.shape[-1])
+        tokens = scales[-1, 0].sum()
+        visits = self.batches * len(scales) + torch.arange(len(scales), device=hits.device)
+        fresh = torch.where(visits < 100, 0.1, 0.01).where(visits > 0, 1.0)
+        kept = torch.where(visits < 100, 0.9, 0.99).where(visits > 0, 0.0)
+        running = self.running.view(scales.shape)
+        running = kept[:, None, None] * running + fresh[:, None, None] * scales
+        self.running = running.view(hits.shape)
+        self.margin = tokens.float() / counter.codebook_size * 0.08
+        self.batches = self.batches + 1
+
+    @torch.no_grad()
+    def compute(self) -> Float[Tensor, "*scales_and_code"]:
+        """The share of codes in use: one value for each scale (if any), branch and step.
+
+        Raises:
+            ValueError: If there was no batch.
+        """
+        if not self.batches:
+            raise ValueError("RunningUtilisation has seen no batch of indices; call update first")
+        return (self.running >= self.margin).float().mean(-1)

@@ -1,0 +1,231 @@
+"""A training set up from its settings: parts, data, steps, and the state that a checkpoint has."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.checkpoints import Checkpoints
+from common.config import Config, as_namespace
+from common.learning import Average, cosine_rate, make_optimizer, scaled
+from common.objective import Judge, Learner, Objective
+from common.parts import (
+    compile_,
+    make_alignments,
+    make_discriminator,
+    make_perceptual,
+    make_tokenizer,
+)
+from common.sources import find_source, split
+from common.stream import Crops, check_batch, training_batches
+from xq.distributed import all_reduce_sum_
+from xq.losses import cooling_temperature
+from xq.metrics import CodebookUsage
+from xq.models import check_optimizer
+from xq.quantizers import DepthDropout, Perturbed, initialize
+
+
+class Run:
+    """Everything a training step touches.
+
+    Args:
+        config: All settings.
+        out: The folder of the run.
+
+    Raises:
+        ImportError: If something optional is missing.
+        OSError: If files are.
+        ValueError: If settings do not fit each other or what they name.
+    """
+
+    def __init__(self, config: Config, out: Path) -> None:
+        self.settings, self.config, self.out = config, as_namespace(config), out
+        self.processes = PartialState(cpu=not torch.cuda.is_available())
+        self.device: torch.device = self.processes.device
+        self.rank, self.world = self.processes.process_index, self.processes.num_processes
+        self._check()
+        torch.manual_seed(self.config.run.seed)
+        self._read_data()
+        self._count_steps()
+        self._build()
+        self.checkpoints = Checkpoints(
+            out / "checkpoints", self.config.save.last, self.config.save.on_error
+        )
+        self.step, self.best = 0, {"step": -1, "distance": float("inf")}
+
+    @property
+    def tokenizer(self) -> Any:
+        """As it learns, not averaged."""
+        return self.learner.tokenizer
+
+    def _check(self) -> None:
+        check_batch(self.config.data, self.world)
+        for section, name in (("log", "every"), ("eval", "every"), ("save", "every")):
+            if getattr(getattr(self.config, section), name) < 1:
+                raise ValueError(f"{section}.{name} must be 1 or more")
+        if self.config.data.broken not in ("stop", "skip"):
+            raise ValueError(f"data.broken is one of stop, skip; got {self.config.data.broken!r}")
+
+    def _read_data(self) -> None:
+        data, seed = self.config.data, self.config.run.seed
+        # the first process indexes shards, the others read what it found
+        with self.processes.main_process_first():
+            train = find_source(data.train, self.out)
+            name = data.val or ("demo held out" if data.train == "demo" else "")
+            held_out = find_source(name, self.out) if name else None
+        rows, held_out, held_rows = split(train, held_out, data.per_class, seed)
+        self.crops = Crops(train, rows, data, seed)
+        self.held_out = Crops(held_out, held_rows, data, None)
+
+    def _count_steps(self) -> None:
+        run, per_epoch = self.config.run, len(self.crops) / self.config.data.batch
+        self.total = run.steps or round(run.epochs * per_epoch)
+        if self.total < 1:
+            raise ValueError(f"run.epochs = {run.epochs} are no step; set run.steps or more epochs")
+        self.per_epoch = per_epoch
+        self.judged_from = round(self.config.discriminator.start * per_epoch)
+
+    def _build(self) -> None:
+        config, device = self.config, self.device
+        tokenizer = make_tokenizer(config.model).to(device)
+        alignments = make_alignments(config, tokenizer).to(device)
+        branches = {name: getattr(config, name).branch for name in alignments}
+        self.learner = Learner(tokenizer, alignments, branches, self._dropout(tokenizer))
+        self.average = Average(tokenizer, config.optimizer.ema)
+        discriminator = make_discriminator(config.discriminator)
+        self.judge = None if discriminator is None else Judge(discriminator).to(device)
+        perceptual = make_perceptual(config.loss)
+        self.perceptual = None if perceptual is None else perceptual.to(device)
+        self.objective = Objective(config, self.perceptual, self.judge, self.judged_from)
+        self.objective.lecam.to(device)
+        adaptive = self.judge is not None and config.discriminator.adaptive
+        self.last_layer = getattr(tokenizer.decoder, "last_layer", None)
+        if adaptive and self.last_layer is None:
+            raise ValueError(
+                f"discriminator.adaptive needs a decoder with a last_layer, which "
+                f"{type(tokenizer.decoder).__name__} has not"
+            )
+        self.optimizers = self._make_optimizers()
+        self.usage = CodebookUsage.of(tokenizer.quantizer).to(device)
+        if config.model.compile:
+            compile_(tokenizer, config.model.compile)
+        self.parallel = in_parallel(self.learner, device)
+        self.parallel_judge = self.judge and in_parallel(self.judge, device)
+
+    def _dropout(self, tokenizer: Any) -> DepthDropout | None:
+        settings, depth = self.config.dropout, tokenizer.quantizer.depth
+        if settings.p == 0:
+            return None
+        if depth == 1:
+            raise ValueError("dropout.p needs a quantizer with several steps or scales")
+        return DepthDropout(depth, settings.p, settings.minimum)
+
+    def _make_optimizers(self) -> list[torch.optim.AdamW]:
+        config, batch = self.config.optimizer, self.config.data.batch
+        learns: list[tuple[nn.Module, float, float]] = [
+            (self.learner, config.lr, config.weight_decay)
+        ]
+        if self.judge is not None:
+            judged = self.config.discriminator
+            learns.append((self.judge, judged.lr, judged.weight_decay))
+        found = []
+        for module, lr, decay in learns:
+            lr = scaled(lr, batch, config.lr_batch)
+            found.append(make_optimizer(module, lr, tuple(config.betas), decay))
+            check_optimizer(module, found[-1])
+        self.peaks = [optimizer.defaults["lr"] for optimizer in found]
+        return found
+
+    def begin_step(self) -> None:
+        """Sets what depends on the step alone: draws, rates, temperatures."""
+        step, config = self.step, self.config
+        # seeded anew, a step draws the same whatever came before, so no state of it is kept
+        seeds = np.random.SeedSequence((config.run.seed, step, self.rank))
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+        warmups = (config.optimizer.warmup_epochs, config.discriminator.warmup_epochs)
+        starts = (0, self.judged_from)
+        for optimizer, peak, first, epochs in zip(
+            self.optimizers, self.peaks, starts, warmups, strict=False
+        ):
+            low, end = (min(peak, x) for x in (config.optimizer.warmup_lr, config.optimizer.min_lr))
+            warmup, rates = round(epochs * self.per_epoch), (low, peak, end)
+            rate = cosine_rate(step, first=first, last=self.total, warmup=warmup, rates=rates)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        progress = step / self.total
+        for name, alignment in self.learner.alignments.items():
+            part: Any = getattr(config, name)
+            if part.cool_to:
+                alignment.loss.temperature = cooling_temperature(
+                    progress, start=part.temperature, end=part.cool_to
+                )
+        for module in self.tokenizer.modules():
+            if isinstance(module, Perturbed):
+                module.progress = progress
+
+    @torch.no_grad()
+    def start_codes(self) -> None:
+        """Sets codebooks by k-means on the first batch."""
+        images, _ = next(training_batches(self.crops, range(1), self.rank, self.world))
+        tokenizer = self.tokenizer.eval()
+        initialize(tokenizer.quantizer, tokenizer.encoder(images.to(self.device)))
+        self.average = Average(tokenizer, self.config.optimizer.ema)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds; every process must ask for it."""
+        counts = self.usage.counts.clone()
+        all_reduce_sum_([counts])
+        return {
+            "step": self.step,
+            "best": self.best,
+            "config": self.settings,
+            "tokenizer": self.tokenizer.state_dict(),
+            "average": self.average.module.state_dict(),
+            "alignments": self.learner.alignments.state_dict(),
+            "judge": self.judge.state_dict() if self.judge else {},
+            "lecam": self.objective.lecam.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "usage": counts,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            ValueError: If it is that of other parts.
+        """
+        try:
+            self.tokenizer.load_state_dict(state["tokenizer"])
+            self.average.module.load_state_dict(state["average"])
+            self.learner.alignments.load_state_dict(state["alignments"])
+            if self.judge:
+                self.judge.load_state_dict(state["judge"])
+            self.objective.lecam.load_state_dict(state["lecam"])
+            for optimizer, found in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(found)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{self.checkpoints.folder} holds checkpoints of other parts; take another "
+                f"--out, or the former settings ({error})"
+            ) from error
+        if self.rank == 0:
+            self.usage.counts.copy_(state["usage"])
+        self.step, self.best = state["step"], state["best"]
+
+
+def in_parallel(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module under data parallelism; itself where one process is alone."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return module
+    # running statistics are kept alike by xq, at its own time
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {option: False}
+    if device.type == "cuda":
+        options["device_ids"] = [device.index]
+    return DistributedDataParallel(module, **options)

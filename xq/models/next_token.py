@@ -1,0 +1,393 @@
+"""What generators that make one token after another share: tokens, conditions, the loop."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from xq.models.cnn_blocks import check_sizes
+from xq.models.sampling import check_sampling, draw, guided
+from xq.models.tokenizer import eval_mode
+from xq.precision import eager, widen
+from xq.pretrained import Pretrained
+from xq.quantizers import Quantizer, Wrapper
+
+NextTokenT = TypeVar("NextTokenT", bound="NextToken")
+# a side, a shape such as (32,) or (16, 16), or the grids of a pyramid
+Tokens = int | Sequence[int] | Sequence[Sequence[int]]
+
+
+# beyond it a softmax over all codes has more weights than the blocks
+_MOST_CODES = 2**20
+
+
+class Cache:
+    """Keys and values of one block's attention, with room for all positions from the start.
+
+    Args:
+        length: How many positions there will be.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length, self.filled = length, 0
+        self._room: Tensor | None = None
+
+    def extend(
+        self, k: Float[Tensor, "b heads n c"], v: Float[Tensor, "b heads n c"]
+    ) -> tuple[Float[Tensor, "b heads m c"], Float[Tensor, "b heads m c"]]:
+        """All keys and values so far, these included; views of the room, nothing is copied."""
+        if self._room is None:
+            # only now the dtype is known, which is autocast's where that is on
+            b, heads, _, channels = k.shape
+            self._room = k.new_empty(2, b, heads, self.length, channels)
+        start, self.filled = self.filled, self.filled + k.shape[2]
+        self._room[0, :, :, start : self.filled] = k
+        self._room[1, :, :, start : self.filled] = v
+        keys, values = self._room[:, :, :, : self.filled]
+        return keys, values
+
+
+def causal_attention(
+    q: Float[Tensor, "b heads n c"],
+    k: Float[Tensor, "b heads n c"],
+    v: Float[Tensor, "b heads n c"],
+    cache: Cache | None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "b n width"]:
+    """Attention to what came before, heads side by side; with a cache, to what is in it too."""
+    if cache is not None:
+        k, v = cache.extend(k, v)
+    # several queries only where the cache was empty, so that the mask is a square
+    assert q.shape[2] in (1, k.shape[2])
+    causal = q.shape[2] > 1
+    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+    return x.transpose(1, 2).flatten(2)
+
+
+class Classes(nn.Module):
+    """Class labels as one vector each, with one more for "no class".
+
+    Args:
+        classes: How many there are.
+        width: Channels of a vector.
+    """
+
+    length = 1
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.table = nn.Embedding(classes + 1, width)
+
+    def forward(
+        self, labels: Int[Tensor, " b"], dropped: Bool[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b 1 width"]:
+        return self.table(class_rows(labels, dropped, self.classes))[:, None]
+
+    def checked(self, owner: nn.Module, labels: Tensor, *, look: bool) -> Tensor:
+        """The labels in int64.
+
+        Raises:
+            ValueError: If they are not `(b,)` integers of known classes.
+        """
+        return checked_labels(owner, labels, self.classes, look=look)
+
+
+class Text(nn.Module):
+    """Embeddings of a text, through two layers; a learned sequence stands for "no text".
+
+    Args:
+        length: How many embeddings a text has.
+        channels: Of an embedding.
+        width: Channels of a vector for the transformer.
+    """
+
+    def __init__(self, length: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.length, self.channels = length, channels
+        self.null = nn.Parameter(torch.randn(length, channels) / channels**0.5)
+        self.expand = nn.Linear(channels, width, bias=False)
+        self.contract = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, text: Float[Tensor, "b n c"], dropped: Bool[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b n width"]:
+        text = text.to(self.null.dtype)
+        if dropped is not None:
+            text = torch.where(dropped[:, None, None], self.null, text)
+        return self.contract(F.gelu(self.expand(text), approximate="tanh"))
+
+    def checked(self, owner: nn.Module, text: Tensor, *, look: bool) -> Tensor:
+        """The text as it is; its numbers are not looked at.
+
+        Raises:
+            ValueError: If it is not `(b, length, channels)` floating-point embeddings.
+        """
+        shape = (self.length, self.channels)
+        if text.ndim != 3 or tuple(text.shape[1:]) != shape or not text.is_floating_point():
+            raise ValueError(
+                f"{type(owner).__name__} expects texts as (b, {self.length}, {self.channels}) "
+                f"floating-point embeddings, got {text.dtype} of shape {tuple(text.shape)}; pad "
+                "or cut them to that length"
+            )
+        return text
+
+
+def class_rows(
+    labels: Int[Tensor, " b"], dropped: Bool[Tensor, " b"] | None, classes: int
+) -> Int[Tensor, " b"]:
+    """Rows of a table of classes whose last one is "no class"."""
+    none = labels < 0 if dropped is None else dropped | (labels < 0)
+    return torch.where(none, classes, labels)
+
+
+def checked_labels(owner: nn.Module, labels: Tensor, classes: int, *, look: bool) -> Tensor:
+    """Class labels in int64; their values are looked at only if asked for.
+
+    Raises:
+        ValueError: If they are not `(b,)` integers in -1..classes - 1.
+    """
+    name = type(owner).__name__
+    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"{name} expects labels as one class id an image, integers of shape (b,), got "
+            f"{labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    if look and eager(labels) and labels.numel():
+        low, high = (int(v) for v in torch.aminmax(labels))
+        if low < -1 or high >= classes:
+            raise ValueError(
+                f"{name} has the classes 0..{classes - 1}, and -1 for none, got labels "
+                f"{low}..{high}; build it with as many `classes` as the data set has"
+            )
+    return labels.long()
+
+
+class NextToken(Pretrained, ABC):
+    """A generator that makes tokens one after another, each with `P` indices at once.
+
+    Attributes:
+        codebook_size: How many values an index can take.
+        token_shape: Shape of an image's tokens, as `generate` returns them.
+        grids: The grids of a pyramid, coarse to fine; `()` without one.
+        code_shape: Shape of one token's indices.
+    """
+
+    def __init__(
+        self, codebook_size: int, tokens: Tokens, code_shape: Sequence[int], class_drop: float
+    ) -> None:
+        super().__init__()
+        check_sizes(self, codebook_size=codebook_size)
+        if codebook_size > _MOST_CODES:
+            raise ValueError(
+                f"{type(self).__name__} would need a softmax over {codebook_size} codes; give it "
+                "several smaller indices a token, as a ProductQuantizer makes"
+            )
+        self.codebook_size = codebook_size
+        self.token_shape, self.grids = _token_shape(self, tokens)
+        self.code_shape = tuple(code_shape)
+        for size in self.code_shape:
+            check_sizes(self, code_shape=size)
+        check_rates(self, class_drop=class_drop)
+        self.class_drop = class_drop
+
+    @classmethod
+    def of(
+        cls: type[NextTokenT], quantizer: Any, tokens: Tokens = 16, **options: Any
+    ) -> NextTokenT:
+        """A generator of the tokens of a quantizer, or of the tree within its wrappers.
+
+        Args:
+            quantizer: A `Quantizer` or `Wrapper`.
+            tokens: Of an image: a side, or a shape such as (16, 16) or (32,). Of a quantizer with
+                `scales` they are known.
+            options: Further arguments of the constructor.
+
+        Raises:
+            ValueError: If it is no quantizer, or an argument does not fit.
+        """
+        while isinstance(quantizer, Wrapper):
+            quantizer = quantizer.quantizer
+        if not isinstance(quantizer, Quantizer):
+            raise ValueError(
+                f"{cls.__name__}.of needs a quantizer, got {type(quantizer).__name__}; "
+                "of a tokenizer, pass its .quantizer"
+            )
+        tokens = quantizer.grids if quantizer.scales else tokens
+        # of the classes that derive from this one
+        make: Any = cls
+        return make(quantizer.codebook_size, tokens, code_shape=quantizer.code_shape, **options)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an image, those of all scales together."""
+        return math.prod(self.token_shape)
+
+    @property
+    def heads_per_token(self) -> int:
+        """Indices of one token, the P of a product."""
+        return math.prod(self.code_shape)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, ready for JSON."""
+        tokens: Any = [list(grid) for grid in self.grids] or list(self.token_shape)
+        return {
+            "codebook_size": self.codebook_size,
+            "tokens": tokens,
+            "code_shape": list(self.code_shape),
+        }
+
+    @abstractmethod
+    def _labels(self, labels: Tensor, *, look: bool) -> Tensor:
+        """The conditions, checked."""
+
+    @abstractmethod
+    def _condition(self, labels: Tensor, dropped: Tensor | None) -> Float[Tensor, "b n width"]:
+        """What the transformer sees of conditions; of "none" where they are dropped."""
+
+    @abstractmethod
+    def _begin(self, condition: Tensor) -> Any:
+        """What `_next` keeps from one token to the next."""
+
+    @abstractmethod
+    def _next(self, tokens: Int[Tensor, "b t P"], kept: Any) -> Float[Tensor, "b *code V"]:
+        """Logits of the token after these; of all but the last one it has keys and values."""
+
+    def _dropped(self, labels: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        """Which conditions a training step leaves out."""
+        if not self.training or not self.class_drop:
+            return None
+        draws = torch.rand(len(labels), device=labels.device, generator=generator)
+        return draws < self.class_drop
+
+    def _embedded(self, table: nn.Embedding, tokens: Int[Tensor, "b t P"]) -> Tensor:
+        """The sum over a token's indices, each of which has `codebook_size` rows of the table."""
+        rows = self.codebook_size * torch.arange(self.heads_per_token, device=tokens.device)
+        return table(tokens + rows).sum(-2)
+
+    def _split(self, logits: Tensor) -> Float[Tensor, "b t *code V"]:
+        return logits.unflatten(-1, (*self.code_shape, self.codebook_size))
+
+    def _checked(self, tokens: Tensor, labels: Tensor) -> tuple[Int[Tensor, "b t P"], Tensor]:
+        """Tokens in a row and their conditions; values on the CPU alone are looked at."""
+        flat = self._flat(tokens)
+        labels = self._labels(labels, look=labels.device.type == "cpu")
+        if len(labels) != len(flat):
+            raise ValueError(
+                f"{type(self).__name__} got tokens of {len(flat)} images and {len(labels)} labels"
+            )
+        return flat, labels
+
+    def _flat(self, tokens: Tensor) -> Int[Tensor, "b t P"]:
+        """Tokens in a row, in int64.
+
+        Raises:
+            ValueError: If they are of another shape, too many, or of another vocabulary.
+        """
+        name = type(self).__name__
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise ValueError(f"{name} expects integer tokens, got {tokens.dtype}")
+        flat = self._in_a_row(tokens)
+        if eager(flat) and flat.device.type == "cpu" and flat.numel():
+            low, high = (int(v) for v in torch.aminmax(flat))
+            if low < 0 or high >= self.codebook_size:
+                raise ValueError(
+                    f"{name} expects tokens in 0..{self.codebook_size - 1}, got {low}..{high}; "
+                    "were they made by a tokenizer of another size?"
+                )
+        return flat.long()
+
+    def _in_a_row(self, tokens: Tensor) -> Tensor:
+        shape, code = tuple(tokens.shape), self.code_shape
+        batch_and_tokens = shape[: len(shape) - len(code)]
+        if shape[len(batch_and_tokens) :] == code and len(batch_and_tokens) > 1:
+            axes = batch_and_tokens[1:]
+            if axes == self.token_shape or (len(axes) == 1 and 0 < axes[0] <= self.num_tokens):
+                return tokens.reshape(shape[0], math.prod(axes), self.heads_per_token)
+        whole = ", ".join(str(n) for n in ("b", *self.token_shape, *code))
+        part = ", ".join(str(n) for n in ("b", "t", *code))
+        raise ValueError(
+            f"{type(self).__name__} expects tokens ({whole}), or ({part}) with the first t of "
+            f"{self.num_tokens}, got shape {shape}; build it with the quantizer's code_shape and "
+            "its grids, or the shape of its tokens"
+        )
+
+    def _cross_entropy(self, logits: Tensor, tokens: Int[Tensor, "b t P"]) -> Float[Tensor, ""]:
+        want = (*tokens.shape[:2], *self.code_shape, self.codebook_size)
+        if tuple(logits.shape) != want:
+            raise ValueError(
+                f"{type(self).__name__}.loss expects for these tokens logits of forward, {want}, "
+                f"got {tuple(logits.shape)}"
+            )
+        return F.cross_entropy(widen(logits).flatten(0, -2), tokens.flatten())
+
+    def _generate(
+        self,
+        labels: Tensor,
+        guidance: Sequence[float],
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        generator: torch.Generator | None,
+    ) -> Int[Tensor, "b ..."]:
+        """One token after another; `guidance` has a weight for each."""
+        for weight in guidance:
+            check_sampling(self, guidance=weight, temperature=temperature, top_k=top_k, top_p=top_p)
+        labels = self._labels(labels, look=True)
+        b, twice = len(labels), any(weight != 1 for weight in guidance)
+        with eval_mode(self):
+            condition = self._condition(labels, None)
+            if twice:
+                dropped = torch.ones(b, dtype=torch.bool, device=labels.device)
+                condition = torch.cat([condition, self._condition(labels, dropped)])
+            shape = (len(condition), self.num_tokens, self.heads_per_token)
+            tokens = torch.zeros(shape, dtype=torch.long, device=labels.device)
+            kept = self._begin(condition)
+            for t, weight in enumerate(guidance):
+                logits = widen(self._next(tokens[:, :t], kept))
+                if twice:
+                    logits = guided(logits[:b], logits[b:], weight)
+                drawn = draw(
+                    logits,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    generator=generator,
+                )
+                # both halves go on with the same tokens
+                drawn = drawn.reshape(b, -1)
+                tokens[:, t] = torch.cat([drawn, drawn]) if twice else drawn
+        return tokens[:b].reshape(b, *self.token_shape, *self.code_shape)
+
+
+def check_rates(owner: nn.Module, **rates: float) -> None:
+    """Refuses rates of dropout that are none.
+
+    Raises:
+        ValueError: If one is not in 0 <= rate < 1.
+    """
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{type(owner).__name__} needs 0 <= {name} < 1, got {rate}")
+
+
+def _token_shape(
+    owner: nn.Module, tokens: Tokens
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """The shape of an image's tokens, and the grids of a pyramid."""
+    sizes: Any = (tokens, tokens) if isinstance(tokens, int) else tuple(tokens)
+    if sizes and all(isinstance(grid, list | tuple) and len(grid) == 2 for grid in sizes):
+        grids = tuple((h, w) for h, w in sizes)
+        if all(type(side) is int and side > 0 for grid in grids for side in grid):
+            return (sum(h * w for h, w in grids),), grids
+    elif len(sizes) in (1, 2) and all(type(side) is int and side > 0 for side in sizes):
+        return sizes, ()
+    raise ValueError(
+        f"{type(owner).__name__} needs `tokens` as a side, a shape such as (16, 16) or (32,), or "
+        f"the grids of a pyramid, which are its quantizer's .grids; got {tokens!r}"
+    )
