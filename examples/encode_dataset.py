@@ -131,7 +131,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer", default="runs/msbr10p2/tokenizer", help="folder from save_pretrained"
     )
-    parser.add_argument("--data", default="demo", help="folder of pictures, or of .tar shards")
+    parser.add_argument("--data", default="demo", help="demo, fashion-mnist, or a folder")
     parser.add_argument("--out", default="runs/demo.tokens", help="folder of the token store")
     parser.add_argument("--size", type=int, default=CROP, help="side that pictures get")
     parser.add_argument("--batch", type=int, default=64)

@@ -1,5 +1,7 @@
 """LlamaGen's transformer, written plainly in the names of its files, from what its code does."""
 
+import cmath
+
 import torch
 
 
@@ -14,16 +16,15 @@ def turned(x, places, base=10000.0):
     become zero.
     """
     x = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-    factors = torch.zeros(x.shape[1:], dtype=x.dtype)
-    for position, place in enumerate(places):
-        if place is None:
-            continue
-        pairs = x.shape[-1] // len(place)
-        for axis, coordinate in enumerate(place):
-            for j in range(pairs):
-                angle = torch.tensor(coordinate * base ** (-j / pairs), dtype=torch.float64)
-                factors[position, axis * pairs + j] = torch.polar(angle.new_ones(()), angle)
+    factors = torch.tensor([of_place(place, x.shape[-1], base) for place in places], dtype=x.dtype)
     return torch.view_as_real(x * factors).flatten(-2)
+
+
+def of_place(place, pairs, base):
+    if place is None:
+        return [0.0] * pairs
+    count = pairs // len(place)
+    return [cmath.exp(1j * x * base ** (-j / count)) for x in place for j in range(count)]
 
 
 def attention(x, state, name, heads, places):

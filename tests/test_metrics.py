@@ -354,6 +354,24 @@ def test_a_set_has_no_distance_from_itself(n, dim):
     assert frechet_distance(ours, ours) < 1e-9 * ours.covariance.trace()
 
 
+@pytest.mark.parametrize("dim", [30, 400])
+def test_few_samples_in_many_channels(dim):
+    # the root of a product of covariances has the trace that the samples' own products have
+    first, second = two_sets(25, 21, dim)
+    centred = [(x.double() - x.double().mean(0)) / (len(x) - 1) ** 0.5 for x in (first, second)]
+    want = (first.double().mean(0) - second.double().mean(0)).square().sum()
+    want = want + sum(x.square().sum() for x in centred)
+    want = want - 2 * torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    got = frechet_distance(streamed(first, 4).compute(), streamed(second, 5).compute())
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
+
+
+def test_features_that_are_all_alike():
+    alike = streamed(torch.ones(4, 3), 2).compute()
+    other = streamed(torch.zeros(4, 3), 2).compute()
+    assert frechet_distance(alike, other) == 3
+
+
 def test_fewer_samples_than_channels():
     # of sets on two orthogonal subspaces the product of covariances is zero
     first, second = torch.zeros(5, 40), torch.zeros(7, 40)

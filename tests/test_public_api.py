@@ -57,7 +57,10 @@ PROMISED = {
         ContrastiveLoss contrastive_loss CosineLoss cosine_loss cooling_temperature
     """,
     "xq.images": "to_images to_uint8 to_pil pad_to_multiple",
-    "xq.metrics": "CodebookUsage Usage psnr",
+    "xq.metrics": """
+        CodebookUsage Usage RunningUtilisation psnr ssim
+        FrechetDistance FeatureMoments Gaussian frechet_distance
+    """,
     "xq.config": "describe build",
     "xq.pretrained": "Pretrained",
     "xq.token_store": "TokenStore",

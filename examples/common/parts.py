@@ -78,11 +78,13 @@ def compile_(tokenizer: Tokenizer, backend: str) -> None:
     """
     for part in (tokenizer.encoder, tokenizer.decoder):
         backbone = getattr(part, "backbone", None)
-        pieces = part.children() if backbone is None else backbone.blocks
         last = getattr(part, "last_layer", None)
-        for piece in pieces:
-            if not any(p is last for p in piece.parameters()):
-                piece.compile(backend=backend)
+        for child in part.children() if backbone is None else [backbone.blocks]:
+            # lists are called item by item
+            called = child if isinstance(child, nn.ModuleList | nn.Sequential) else [child]
+            for piece in called:
+                if not any(p is last for p in piece.parameters()):
+                    piece.compile(backend=backend)
 
 
 def make_discriminator(settings: Any) -> nn.Module | None:

@@ -20,7 +20,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from xq.losses.trunks import Trunk
-from xq.models import Tokenizer
+from xq.models import CNNDecoder, CNNEncoder, Tokenizer
+from xq.models.checkpoints.llamagen import FORMAT
+from xq.quantizers import VQ
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = EXAMPLES / "train_xqgan.py"
@@ -333,8 +335,12 @@ def test_perturbed_tokens_know_how_far_training_is(train, script, monkeypatch):
 
 
 @pytest.mark.compile
-def test_compiled(train, script):
+# dynamo looks at its inputs, which are no leaves
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled(train):
+    torch._dynamo.reset()
     compiled = train("--model.compile aot_eager", "--steps 3")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1
     plain = train("--steps 3", out="plain")
     for one, other in zip(compiled.losses, plain.losses, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
@@ -361,6 +367,19 @@ def test_starts_from_a_folder(train):
     assert then.losses[0]["reconstruction"] < first.losses[0]["reconstruction"]
     with pytest.raises(SystemExit, match="is another tokenizer"):
         train(f"--init {first.out / 'tokenizer'}", "--model.tokenizer.encoder.channels 16", out="x")
+
+
+def test_starts_from_a_released_file(train, tmp_path):
+    small = {"channels": 8, "multipliers": (1, 1), "blocks": 1, "z_channels": 8}
+    given = Tokenizer(CNNEncoder(8, **small), VQ(8, 16, normalize=True), CNNDecoder(8, **small))
+    state_there = FORMAT.table({}).revert(given.state_dict())
+    torch.save({"model": state_there}, tmp_path / "vq.pt")
+    options = [f"--init {tmp_path / 'vq.pt'}", "--steps 1", "--optimizer.lr 0.0"]
+    done = train("--model.tokenizer {}", *options, "--optimizer.warmup_lr 0.0")
+    after = state(done.out)["tokenizer"]
+    assert all(torch.equal(after[name], value) for name, value in given.state_dict().items())
+    with pytest.raises(SystemExit, match=r"vq\.pt cannot be read"):
+        train(*options, out="into another")
 
 
 def test_goes_on_after_a_kill_as_if_there_had_been_none(train, tiny, tmp_path):

@@ -152,10 +152,9 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> Float[Tensor, ""]:
     return distance.clamp(min=0)
 
 
-def _root(covariance: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim"]:
-    """A matrix R with `R.T @ R` equal to the covariance."""
+def _root(covariance: Float[Tensor, "dim dim"]) -> Float[Tensor, "rank dim"]:
+    """A matrix R with `R.T @ R` equal to the covariance, of as many rows as its rank."""
     values, vectors = torch.linalg.eigh(covariance)
     # below this they are rounding
-    least = values[-1] * len(values) * torch.finfo(values.dtype).eps
-    values = values.where(values > least, 0)
-    return values.sqrt()[:, None] * vectors.mT
+    counts = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    return values[counts].sqrt()[:, None] * vectors.mT[counts]

@@ -10,15 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xq.models.cnn_blocks import check_sizes
-from xq.models.next_token import (
-    Cache,
-    Classes,
-    NextToken,
-    Text,
-    Tokens,
-    causal_attention,
-    check_rates,
-)
+from xq.models.conditions import Classes, Text, check_rates
+from xq.models.next_token import Cache, NextToken, Tokens, causal_attention
 from xq.models.transformer import check_heads
 from xq.precision import widen
 

@@ -11,15 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xq.models.cnn_blocks import check_sizes
-from xq.models.next_token import (
-    Cache,
-    NextToken,
-    Tokens,
-    causal_attention,
-    check_rates,
-    checked_labels,
-    class_rows,
-)
+from xq.models.conditions import check_rates, checked_labels, class_rows
+from xq.models.next_token import Cache, NextToken, Tokens, causal_attention
 from xq.models.transformer import check_heads
 
 # the class token and the class

@@ -7,24 +7,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xq.models.cnn_blocks import check_sizes
+from xq.models.conditions import MOST_CODES, check_rates, checked_labels
 from xq.models.next_scale import advance, pyramid_within
 from xq.models.sampling import check_sampling, draw, guided
 from xq.models.sizes import Size, checked_pair, plain_size
 from xq.models.tokenizer import eval_mode
 from xq.models.transformer import check_heads
+from xq.models.var_blocks import Block, Cache, modulated, plain_norm
 from xq.precision import eager, widen
 from xq.pretrained import Pretrained
 from xq.quantizers import BSQ, LFQ, Quantizer, Wrapper
 from xq.quantizers.bits import indices_to_signs, signs_to_indices
 
 HEADS = ("codes", "bits")
-# beyond it a softmax over all codes has more weights than the blocks
-_MOST_CODES = 2**20
 # of how much smaller the maps begin that AdaLN's parts and the logits come from
 _SMALL_GATE, _SMALL_MODULATION, _SMALL_HEAD = 1e-5, 0.5, 0.02
 
@@ -91,7 +91,7 @@ class VAR(Pretrained):
         self.drop_path = 0.1 * depth / 24 if drop_path is None else drop_path
         check_sizes(self, width=self.width, heads=self.heads)
         check_heads(self, self.width, self.heads)
-        self._check_rates(class_drop=class_drop, drop_path=self.drop_path)
+        check_rates(self, class_drop=class_drop, drop_path=self.drop_path)
         self.dim, self.codebook_size, self.code_shape = dim, codebook_size, tuple(code_shape)
         self.grids = tuple(checked_pair(self, "grids", grid) for grid in grids)
         self.classes, self.depth, self.class_drop = classes, depth, class_drop
@@ -163,7 +163,7 @@ class VAR(Pretrained):
         Raises:
             ValueError: If shapes or dtypes do not fit, or a label on the CPU is out of range.
         """
-        labels = self._checked_labels(labels, look=labels.device.type == "cpu")
+        labels = self._labels(labels, look=labels.device.type == "cpu")
         self._check_inputs(inputs, labels)
         if self.training and self.class_drop:
             drawn = torch.rand(len(labels), device=labels.device, generator=generator)
@@ -237,14 +237,14 @@ class VAR(Pretrained):
         tree = self._fitting(quantizer)
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         check_sampling(self, guidance=guidance, **options)
-        labels = self._checked_labels(labels, look=True)
+        labels = self._labels(labels, look=True)
         pairs = guidance != 1
         if pairs:
             labels = torch.cat([labels, torch.full_like(labels, -1)])
         with eval_mode(self):
             embedded = self._embedded(labels)
             condition = F.silu(embedded)
-            caches = [_Cache() for _ in self.blocks]
+            caches = [Cache() for _ in self.blocks]
             x, tokens, z = self._start(embedded), [], None
             for k, end in enumerate(self.ends):
                 x = x + self._places(end - x.shape[1], end)
@@ -269,8 +269,8 @@ class VAR(Pretrained):
         self.level_embed = nn.Embedding(len(self.grids), self.width)
         self.embed = nn.Linear(self.dim, self.width)
         rates = [self.drop_path * i / max(self.depth - 1, 1) for i in range(self.depth)]
-        self.blocks = nn.ModuleList(_Block(self.width, self.heads, rate) for rate in rates)
-        self.norm = _norm(self.width)
+        self.blocks = nn.ModuleList(Block(self.width, self.heads, rate) for rate in rates)
+        self.norm = plain_norm(self.width)
         self.modulation = nn.Linear(self.width, 2 * self.width)
         self.predict = nn.Linear(self.width, math.prod(self.outcomes))
         sizes = torch.tensor([h * w for h, w in self.grids])
@@ -292,7 +292,7 @@ class VAR(Pretrained):
             self.modulation.weight.mul_(_SMALL_MODULATION)
             self.predict.weight.mul_(_SMALL_HEAD)
             for block in self.blocks:
-                assert isinstance(block, _Block)
+                assert isinstance(block, Block)
                 block.attention.projection.weight.mul_((2 * self.depth) ** -0.5)
                 block.contract.weight.mul_((2 * self.depth) ** -0.5)
                 block.modulation.weight[: 2 * self.width].mul_(_SMALL_GATE)
@@ -313,7 +313,7 @@ class VAR(Pretrained):
 
     def _logits(self, x: Float[Tensor, "b n width"], condition: Tensor) -> Tensor:
         scale, shift = self.modulation(condition)[:, None].chunk(2, dim=-1)
-        logits = self.predict(_modulated(self.norm(x), scale, shift))
+        logits = self.predict(modulated(self.norm(x), scale, shift))
         return logits.unflatten(-1, self.outcomes)
 
     def _outcomes(self) -> tuple[int, ...]:
@@ -324,7 +324,7 @@ class VAR(Pretrained):
             )
         size = self.codebook_size
         if self.head == "codes":
-            if size > _MOST_CODES:
+            if size > MOST_CODES:
                 raise ValueError(
                     f"VAR would need a softmax over {size} codes; head='bits' predicts each bit of "
                     "an LFQ or BSQ index by itself"
@@ -368,23 +368,11 @@ class VAR(Pretrained):
                 )
         return tree
 
-    def _checked_labels(self, labels: Tensor, *, look: bool) -> Int[Tensor, " b"]:
-        kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-        if labels.ndim != 1 or labels.dtype not in kinds:
-            raise ValueError(
-                "VAR expects labels as one class id an image, integers of shape (b,), got "
-                f"{labels.dtype} of shape {tuple(labels.shape)}"
-            )
+    def _labels(self, labels: Tensor, *, look: bool) -> Int[Tensor, " b"]:
+        labels = checked_labels(self, labels, self.classes, look=look)
         if not len(labels):
             raise ValueError("VAR got an empty batch; it needs one label or more")
-        if look and eager(labels):
-            low, high = (int(v) for v in torch.aminmax(labels))
-            if low < -1 or high >= self.classes:
-                raise ValueError(
-                    f"VAR has the classes 0..{self.classes - 1}, and -1 for none, got labels "
-                    f"{low}..{high}; build it with as many `classes` as the data set has"
-                )
-        return labels.long()
+        return labels
 
     def _check_inputs(self, inputs: Tensor, labels: Tensor) -> None:
         shape, first = tuple(inputs.shape), self.ends[0]
@@ -425,96 +413,6 @@ class VAR(Pretrained):
                     f"VAR.loss expects tokens in 0..{self.codebook_size - 1}, got {low}..{high}; "
                     "were they made by another tokenizer?"
                 )
-
-    def _check_rates(self, **rates: float) -> None:
-        for name, rate in rates.items():
-            if not 0 <= rate < 1:
-                raise ValueError(f"VAR needs `{name}` of at least 0 and below 1, got {rate}")
-
-
-class _Cache:
-    """Keys and values of the scales so far."""
-
-    def __init__(self) -> None:
-        self.kept: tuple[Tensor, Tensor] | None = None
-
-    def extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.kept is not None:
-            k, v = torch.cat([self.kept[0], k], dim=2), torch.cat([self.kept[1], v], dim=2)
-        self.kept = k, v
-        return k, v
-
-
-class _Attention(nn.Module):
-    """Attention by angles: queries and keys of length 1, and a learned sharpness for each head."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        # a bias of the keys would add the same to all scores of a query
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.log_scale = nn.Parameter(torch.full((heads,), math.log(4)))
-        self.projection = nn.Linear(width, width)
-
-    def forward(
-        self, x: Float[Tensor, "b n width"], visible: Tensor | None, cache: _Cache | None
-    ) -> Float[Tensor, "b n width"]:
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        sharpness = self.log_scale.clamp(max=math.log(100)).exp()[:, None, None]
-        # norms are float32 in autocast
-        q = (F.normalize(q, dim=-1) * sharpness).to(v.dtype)
-        k = F.normalize(k, dim=-1).to(v.dtype)
-        if cache is not None:
-            k, v = cache.extended(k, v)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)
-        return self.projection(attended.transpose(1, 2).flatten(2))
-
-
-class _Block(nn.Module):
-    """Attention, then a perceptron, whose norms and gates the class makes."""
-
-    def __init__(self, width: int, heads: int, drop_path: float) -> None:
-        super().__init__()
-        self.drop_path = drop_path
-        self.norm = _norm(width)
-        self.attention = _Attention(width, heads)
-        self.expand = nn.Linear(width, 4 * width)
-        self.contract = nn.Linear(4 * width, width)
-        self.modulation = nn.Linear(width, 6 * width)
-
-    def forward(
-        self,
-        x: Float[Tensor, "b n width"],
-        condition: Float[Tensor, "b width"],
-        visible: Bool[Tensor, "n n"] | None = None,
-        cache: _Cache | None = None,
-    ) -> Float[Tensor, "b n width"]:
-        parts = self.modulation(condition)[:, None].chunk(6, dim=-1)
-        gate1, gate2, scale1, scale2, shift1, shift2 = parts
-        attended = self.attention(_modulated(self.norm(x), scale1, shift1), visible, cache)
-        x = x + self._dropped(attended * gate1)
-        hidden = self.expand(_modulated(self.norm(x), scale2, shift2))
-        return x + self._dropped(self.contract(F.gelu(hidden, approximate="tanh")) * gate2)
-
-    def _dropped(self, x: Tensor) -> Tensor:
-        """Stochastic depth (Huang et al. 2016), an image at a time."""
-        if not self.training or not self.drop_path:
-            return x
-        keep = 1 - self.drop_path
-        kept = torch.rand(len(x), 1, 1, device=x.device) < keep
-        return x * (kept / keep).to(x.dtype)
-
-
-def _norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-
-
-def _modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
 
 
 def _pyramid(quantizer: Any) -> Any:

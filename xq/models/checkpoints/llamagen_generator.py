@@ -35,11 +35,11 @@ _BLOCK = {
 }
 
 
-def recognise(state: Shapes) -> bool:
+def _recognise(state: Shapes) -> bool:
     return state.keys() >= _OWN
 
 
-def build(state: Shapes) -> nn.Module:
+def _build(state: Shapes) -> nn.Module:
     """The generator of 16 x 16 tokens.
 
     Raises:
@@ -58,7 +58,7 @@ def build(state: Shapes) -> nn.Module:
     return AR(codes, classes=rows - 1, **sizes)
 
 
-def table(state: Shapes) -> KeyTable:
+def _table(state: Shapes) -> KeyTable:
     return KeyTable(
         [
             Rename("tok_embeddings.weight", "embedding.weight"),
@@ -73,4 +73,4 @@ def table(state: Shapes) -> KeyTable:
     )
 
 
-FORMAT = Format("llamagen_generator", _TITLE, recognise, build, table)
+FORMAT = Format("llamagen_generator", _TITLE, _recognise, _build, _table)

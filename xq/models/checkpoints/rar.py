@@ -26,11 +26,11 @@ _BLOCK = {
 }
 
 
-def recognise(state: Shapes) -> bool:
+def _recognise(state: Shapes) -> bool:
     return state.keys() >= _OWN
 
 
-def build(state: Shapes) -> nn.Module:
+def _build(state: Shapes) -> nn.Module:
     """The generator.
 
     Raises:
@@ -53,7 +53,7 @@ def build(state: Shapes) -> nn.Module:
     )
 
 
-def table(state: Shapes) -> KeyTable:
+def _table(state: Shapes) -> KeyTable:
     return KeyTable(
         [
             Rename("cls_token", "class_token"),
@@ -68,4 +68,4 @@ def table(state: Shapes) -> KeyTable:
     )
 
 
-FORMAT = Format("rar", _TITLE, recognise, build, table)
+FORMAT = Format("rar", _TITLE, _recognise, _build, _table)

@@ -18,12 +18,12 @@ _RELEASED = {680: (published_scales(10), 1), 286: ((1, 1, 2, 3, 3, 4, 5, 6, 8, 1
 _CHANNELS = 32
 
 
-def recognise(state: Shapes) -> bool:
+def _recognise(state: Shapes) -> bool:
     names = {"pos_1LC", "word_embed.weight", "head_nm.ada_lin.1.weight"}
     return {*names, "blocks.0.attn.scale_mul_1H11"} <= state.keys()
 
 
-def build(state: Shapes) -> nn.Module:
+def _build(state: Shapes) -> nn.Module:
     """The generator with the scales and branches of the released ones, which no file tells.
 
     Raises:
@@ -50,7 +50,7 @@ def build(state: Shapes) -> nn.Module:
     )
 
 
-def table(state: Shapes) -> KeyTable:
+def _table(state: Shapes) -> KeyTable:
     block = "blocks.{i}."
     return KeyTable(
         [
@@ -85,4 +85,4 @@ def _back(scale: Tensor) -> Tensor:
     return scale.view(1, -1, 1, 1)
 
 
-FORMAT = Format("var_generator", "VAR generator", recognise, build, table)
+FORMAT = Format("var_generator", "VAR generator", _recognise, _build, _table)
