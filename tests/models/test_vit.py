@@ -28,6 +28,7 @@ BACKBONES = {
     "plain": {"backbone": "vit_large_patch16_224"},
     "no-class-position": {"backbone": "deit3_base_patch16_224"},
     "no-class-token": {"backbone": "vit_base_patch16_siglip_256"},
+    "of-any-size-in-timm": {"backbone": "test_vit", "options": {"depth": 2}},
     "class-token-taken-away": {"options": TINY | {"class_token": False}},
     "pooled-mean": {"backbone": "vit_small_patch16_36x1_224", "options": TINY | {"fc_norm": True}},
 }

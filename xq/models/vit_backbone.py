@@ -97,6 +97,8 @@ class ViTPart(nn.Module):
                 patch_size=self.patch_size,
                 in_chans=self.image_channels,
                 drop_path_rate=self.drop_path,
+                # which some names turn on, and with it tokens that are no row
+                dynamic_img_size=False,
                 **pooling | self.options,
             )
         except AssertionError as error:
