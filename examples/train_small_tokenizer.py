@@ -46,14 +46,15 @@ from xq.quantizers import (
 
 EMA = partial(EMACodebook, decay=0.98)
 SCALES = (1, 2, 3, 4)
-# each with the side of a token in pixels, 8 x 8 tokens of one scale or four scales up to 4 x 4; and
-# how far the channels start alike, which signs want
+# each with the side of a token in pixels: 8 x 8 tokens of one scale, or four scales up to 4 x 4
 QUANTIZERS = {
-    "vq": (lambda: VQ(16, 512, codebook=EMA), 4, 0.0),
-    "bsq": (lambda: BSQ(10, regularize=False), 4, 0.5),
-    "msvqp2": (lambda: ProductQuantizer(pyramid(VQ(12, 512, codebook=EMA)), P=2), 8, 0.0),
-    "msbqp2": (lambda: ProductQuantizer(pyramid(BSQ(9, regularize=False)), P=2), 8, 1.0),
+    "vq": (lambda: VQ(16, 512, codebook=EMA), 4),
+    "bsq": (lambda: BSQ(10, regularize=False), 4),
+    "msvqp2": (lambda: ProductQuantizer(pyramid(VQ(12, 512, codebook=EMA)), P=2), 8),
+    "msbqp2": (lambda: ProductQuantizer(pyramid(BSQ(9, regularize=False)), P=2), 8),
 }
+# signs want channels that are alike at the start
+WHITEN = {"msvqp2": 0.0, "msbqp2": 1.0}
 LOG_EVERY = 25
 SHOWN = 10
 # pictures whose vectors the codes start from
@@ -66,17 +67,21 @@ def pyramid(leaf: VQ | BSQ) -> ResidualQuantizer:
 
 
 def make_tokenizer(name: str, images: Float[Tensor, "b 3 h w"]) -> Tokenizer:
-    """A convolutional network beside a linear path, which starts at the principal components."""
-    make_quantizer, stride, whiten = QUANTIZERS[name]
+    """A convolutional network; with scales beside a linear path, begun at principal components.
+
+    Linear tokens know nothing of their neighbours. Finer scales make up for that; where there is
+    one scale, a generator has an easier time without the linear path, although PSNR is lower.
+    """
+    make_quantizer, stride = QUANTIZERS[name]
     quantizer = make_quantizer()
     sizes = {"channels": 32, "z_channels": 64, "blocks": 1}
     sizes |= {"multipliers": (1, 2), "patch": stride // 2}
     dim = quantizer.dim
-    cnn = [make(dim, **sizes).zero_output_() for make in (CNNEncoder, CNNDecoder)]
-    encoder = Sum(linear=LinearEncoder(dim, stride), cnn=cnn[0])
-    decoder = Sum(linear=LinearDecoder(dim, stride), cnn=cnn[1])
-    branches = getattr(quantizer, "P", 1)
-    start_at_pca_(encoder, decoder, images, branches=branches, whiten=whiten)
+    encoder, decoder = CNNEncoder(dim, **sizes), CNNDecoder(dim, **sizes)
+    if quantizer.scales:
+        encoder = Sum(linear=LinearEncoder(dim, stride), cnn=encoder.zero_output_())
+        decoder = Sum(linear=LinearDecoder(dim, stride), cnn=decoder.zero_output_())
+        start_at_pca_(encoder, decoder, images, branches=quantizer.P, whiten=WHITEN[name])
     tokenizer = Tokenizer(encoder, quantizer, decoder)
     start_codes_(tokenizer, images)
     return tokenizer

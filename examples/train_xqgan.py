@@ -1,6 +1,6 @@
 """Trains a tokenizer with the recipe of XQ-GAN (Li et al. 2024); goes on after a kill.
 
-python examples/train_xqgan.py --config laptop                    photographs, minutes
+python examples/train_xqgan.py --config laptop                    photographs, no GPU
 python examples/train_xqgan.py --config msvr10p2_4096 --data DIR  a released configuration
 torchrun --nproc_per_node 8 examples/train_xqgan.py ...           the same on 8 GPUs
 python examples/train_xqgan.py --config FILE --data.batch 64      any setting, in or after the file

@@ -204,7 +204,8 @@ def test_a_small_tokenizer(fashion, tmp_path, monkeypatch, capsys, name):
     monkeypatch.setattr(trainer, "LOG_EVERY", 1)
     given = ["--quantizer", name, "--steps", "2", "--batch", "4", "--out", str(tmp_path / "t")]
     numbers = trainer.main(given)
-    assert numbers["held-out PSNR"] > 8
+    # principal components are of use at once
+    assert numbers["held-out PSNR"] > (12 if name == "msvqp2" else 3)
     assert "48 pictures" in capsys.readouterr().out
     tokenizer = Tokenizer.from_pretrained(tmp_path / "t" / "tokenizer")
     tokens = tokenizer.encode(torch.zeros(2, 3, 32, 32))
