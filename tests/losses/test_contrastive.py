@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 from xq.losses import (
     ContrastiveLoss,
     CosineLoss,
-    contrastive,
     contrastive_loss,
     cooling_temperature,
     cosine_loss,
+    pairs,
 )
 
 SHAPES = [(1, 3), (2, 1), (7, 5), (7, 3, 5), (5, 3, 2, 4), (3, 1, 6)]
@@ -51,7 +51,7 @@ def masks(length: int) -> list[Tensor]:
 def test_contrast_is_that_of_whole_matrices(shape, normalize, blocks, monkeypatch):
     # logits of some positions, or of two rows of one
     limit = {"whole": 1 << 20, "positions": 2 * shape[0] ** 2, "rows": 2 * shape[0]}[blocks]
-    monkeypatch.setattr(contrastive, "_LOGITS", limit)
+    monkeypatch.setattr(pairs, "_LOGITS", limit)
     teacher, student = features(shape)
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     for keep in masks(shape[0]):
@@ -215,7 +215,7 @@ def test_largest_tensor_of_a_large_batch():
 
     with Sizes():
         contrastive_loss(teacher, student).backward()
-    assert max(sizes) <= contrastive._LOGITS == 1 << 20
+    assert max(sizes) <= pairs._LOGITS == 1 << 20
 
 
 def test_copies_are_equal():

@@ -6,13 +6,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from xq.distributed import SharedGroup, gather_with_gradient, rank, sum_over_processes
+from xq.losses.pairs import sum_of_pairs
 from xq.precision import Float32, float32_island, widen
 
-# logits in flight: 4 MiB of float32, on a GPU 128 MiB
-_LOGITS, _LOGITS_GPU = 1 << 20, 1 << 25
 # CLIP's bound on what the learned temperature multiplies logits by
 _LARGEST_SCALE = 100.0
 # a direction of vectors below this length is rounding
@@ -32,8 +30,9 @@ def contrastive_loss(
 
     The logits are the dot products of each image's teacher with each image's student, divided by
     the temperature. With several positions an image, each position is a contrast of its own over
-    the images, and the loss is their mean. Memory is linear in the batch: logits are made a block
-    at a time, forward and once more backward. There are no second derivatives.
+    the images, and the loss is their mean. Memory is linear in the batch: logits that are
+    many are made a block at a time, forward and once more backward. There are no second
+    derivatives.
 
     Each process compares its own images with all, and the value is that of all of them. So the
     gradient on one process is that of the joint batch times the number of processes, of which
@@ -61,8 +60,7 @@ def contrastive_loss(
         all_kept = gather_with_gradient(kept.to(both.dtype), process_group) > 0
         both = both.transpose(0, 1) * temperature**-0.5
         teacher, student = both.chunk(2, dim=-1)
-        total = _Pairs.apply(teacher[:, own], student, kept, all_kept, first)
-        total = total + _Pairs.apply(student[:, own], teacher, kept, all_kept, first)
+        total = sum_of_pairs(teacher, student, kept, all_kept, own)
         total = sum_over_processes(total, process_group)  # pyright: ignore[reportArgumentType]
         return total / (2 * len(both) * all_kept.sum().clamp(min=1))
 
@@ -214,63 +212,6 @@ def unit(x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     x = widen(x)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / length.where(length > _SHORTEST, math.inf)
-
-
-class _Pairs(torch.autograd.Function):
-    """Sum of -log softmax of each query's own key among all kept keys, in blocks of logits."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, kept: Tensor, all_kept: Tensor, first: int
-    ) -> Tensor:
-        normalizers, total = [], queries.new_zeros(())
-        for positions, rows in _blocks(queries, keys):
-            logits = _logits(queries[positions, rows], keys[positions], all_kept)
-            normalizers.append(logits.logsumexp(-1))
-            own = logits.diagonal(first + rows.start, dim1=-2, dim2=-1)
-            total = total + (normalizers[-1] - own).where(kept[rows], 0).sum()
-        ctx.save_for_backward(queries, keys, kept, all_kept, *normalizers)
-        ctx.first = first
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> Any:
-        queries, keys, kept, all_kept, *normalizers = ctx.saved_tensors
-        of_queries, of_keys = torch.zeros_like(queries), torch.zeros_like(keys)
-        with float32_island(queries.device.type):
-            for (positions, rows), z in zip(_blocks(queries, keys), normalizers, strict=True):
-                block = queries[positions, rows]
-                logits = _logits(block, keys[positions], all_kept)
-                # of logits: the probabilities, less 1 at the own key
-                slope = (logits - z.unsqueeze(-1)).exp_()
-                slope.diagonal(ctx.first + rows.start, dim1=-2, dim2=-1).sub_(1)
-                slope = slope.masked_fill_(~kept[rows].unsqueeze(-1), 0).mul_(grads[0])
-                of_queries[positions, rows] = slope @ keys[positions]
-                of_keys[positions] += slope.mT @ block
-        return of_queries, of_keys, None, None, None
-
-
-def _logits(
-    queries: Float[Tensor, "p r dim"], keys: Float[Tensor, "p n dim"], kept: Bool[Tensor, " n"]
-) -> Float[Tensor, "p r n"]:
-    return (queries @ keys.mT).masked_fill_(~kept, -math.inf)
-
-
-def _blocks(queries: Tensor, keys: Tensor) -> list[tuple[slice, slice]]:
-    """Positions and rows of queries whose logits are few enough; whole positions where it fits."""
-    positions, rows, columns = *queries.shape[:2], keys.shape[1]
-    limit = _LOGITS if queries.device.type == "cpu" else _LOGITS_GPU
-    row_step = min(max(limit // max(columns, 1), 1), max(rows, 1))
-    step = max(limit // max(row_step * columns, 1), 1)
-    # a list, since compiled graphs take no generators
-    return [
-        (slice(p, min(p + step, positions)), slice(r, min(r + row_step, rows)))
-        for p in range(0, positions, step)
-        for r in range(0, rows, row_step)
-    ]
 
 
 def _prepared(
