@@ -75,7 +75,7 @@ def curves(document: dict[str, Any], labels: dict[str, str]) -> Figure:
         ncols=min(len(ordered), 5),
         frameon=False,
     )
-    _sign(figure, document)
+    sign(figure, document)
     return figure
 
 
@@ -125,7 +125,7 @@ def bars(document: dict[str, Any], fields: dict[str, Field] | None = None) -> Fi
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, field in zip(panels, shown, strict=True):
         _bars(axes, cases, field, fields[field], looks)
-    _sign(figure, document)
+    sign(figure, document)
     return figure
 
 
@@ -182,5 +182,6 @@ def _axis_words(field: str) -> FuncFormatter:
     return FuncFormatter(words)
 
 
-def _sign(figure: Figure, document: dict[str, Any]) -> None:
+def sign(figure: Figure, document: dict[str, Any]) -> None:
+    """The machine and the commit, below the picture."""
     figure.supxlabel(fill(line(document), 150), fontsize=7, color="#666666")

@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks import harness, peers, pictures
 from benchmarks.cases import XQ, Case, Red, Spec
 from benchmarks.gates import check_finite
+from benchmarks.words import memory, time
 from xq.models import Tokenizer
 from xq.models.presets.__main__ import rows
 
@@ -70,8 +71,23 @@ def specs(device: str, quick: bool) -> list[Spec]:
 
 
 def draw(document: dict[str, Any]) -> Figure:
-    """A bar for each preset."""
-    return pictures.bars(document)
+    """A bar for each preset, all on one scale."""
+    ours = {case["name"]: case["contenders"][0] for case in document["cases"]}
+    figure = Figure(figsize=(12, 1.5 + 0.35 * len(ours)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, title, field, label in (
+        (left, "seconds", "median", time),
+        (right, "MiB beyond the weights", "peak_bytes", memory),
+    ):
+        values = [one[field] or 0 for one in ours.values()]
+        bars = axes.barh(list(ours), [v / (1 << 20) if axes is right else v for v in values])
+        axes.bar_label(bars, [label(v) for v in values], padding=3, fontsize=8)
+        axes.set_title(title)
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.invert_yaxis()
+    pictures.sign(figure, document)
+    return figure
 
 
 BENCHMARK = harness.Benchmark(

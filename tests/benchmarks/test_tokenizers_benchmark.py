@@ -1,11 +1,13 @@
 """The benchmark of presets names presets that exist, and looks at what they give."""
 
+import json
+
 import pytest
 import torch
 
 pytest.importorskip("matplotlib", reason="the pictures of the bench extra")
 
-from benchmarks import tokenizers
+from benchmarks import harness, tokenizers
 from benchmarks.cases import XQ, Red
 from xq.models import CNNDecoder, CNNEncoder, Tokenizer
 from xq.models.presets.__main__ import rows
@@ -45,3 +47,15 @@ def test_the_gate(case):
     ):
         with pytest.raises(Red, match=message):
             case.check({XQ: wrong})
+
+
+def test_the_picture_has_one_scale_for_all():
+    measured = [("small", 1.0, 5 << 20), ("large", 4.0, 9 << 20)]
+    cases = [
+        {"name": name, "contenders": [{"median": seconds, "peak_bytes": size}]}
+        for name, seconds, size in measured
+    ]
+    document = json.loads((harness.RESULTS / "tokenizers.json").read_text()) | {"cases": cases}
+    left, right = tokenizers.draw(document).axes
+    assert [bar.get_width() for bar in left.patches] == [1.0, 4.0]
+    assert [bar.get_width() for bar in right.patches] == [5, 9]
