@@ -9,7 +9,7 @@ help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: .venv/installed-examples ## train a tokenizer on real photographs and show its pictures
-	$(BIN)/python examples/train_tokenizer.py
+	$(BIN)/python examples/demo.py
 
 test: .venv/installed-dev ## lint, check types, run every test
 	$(BIN)/ruff check .

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     if not Path(args.tokenizer).is_dir():
-        sys.exit(f"{args.tokenizer} is no folder; examples/train_tokenizer.py makes a tokenizer")
+        sys.exit(f"{args.tokenizer} is no folder; examples/demo.py makes a tokenizer")
     # your tokenizer's own classes go here
     classes = [SmallEncoder, SmallDecoder]
     try:

@@ -29,7 +29,7 @@ from xq.metrics import psnr
 from xq.models import Tokenizer, presets
 from xq.models.checkpoints import load_checkpoint
 
-TRAINED = "runs/msbr10p2/tokenizer"  # where examples/train_tokenizer.py writes
+TRAINED = "runs/msbr10p2/tokenizer"  # where examples/demo.py writes
 # a side that the strides of all tokenizers divide
 PROBE = 64
 PRESETS = sorted(

@@ -11,7 +11,7 @@ from common.network import SmallDecoder, SmallEncoder
 from xq.models import Tokenizer, presets
 from xq.models.checkpoints import load_checkpoint
 
-TRAINED = "runs/msbr10p2/tokenizer"  # where examples/train_tokenizer.py writes
+TRAINED = "runs/msbr10p2/tokenizer"  # where examples/demo.py writes
 # that can be made without an argument
 PRESETS = sorted(
     name
@@ -52,7 +52,7 @@ def load_tokenizer(
     if not folder and not Path(TRAINED).is_dir():
         raise FileNotFoundError(
             f"give --tokenizer, --checkpoint or --preset; {TRAINED} is not there, which "
-            "examples/train_tokenizer.py writes"
+            "examples/demo.py writes"
         )
     known = [SmallEncoder, SmallDecoder, *classes]
     return Tokenizer.from_pretrained(name, classes=known).eval(), name

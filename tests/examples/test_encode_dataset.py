@@ -239,7 +239,7 @@ def test_a_store_of_another_tokenizer(script, tokenizers, folder, tmp_path):
 
 def test_what_is_missing(script, tokenizers, folder, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(SystemExit, match=r"nowhere is no folder; examples/train_tokenizer.py"):
+    with pytest.raises(SystemExit, match=r"nowhere is no folder; examples/demo.py"):
         script.main(arguments(tmp_path / "nowhere", folder, out))
     with pytest.raises(SystemExit, match=r"finds no config\.json in"):
         script.main(arguments(folder, folder, out))

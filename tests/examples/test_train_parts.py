@@ -1,4 +1,4 @@
-"""What `examples/train_xqgan.py` is made of, part by part."""
+"""What `examples/train_tokenizer.py` is made of, part by part."""
 
 import io
 import math
@@ -170,13 +170,13 @@ def test_no_such_configuration():
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, shards, options, message):
-    import train_xqgan
+    import train_tokenizer
 
     words = ["--data", str(shards), *options.split(), "--out", str(tmp_path / "out")]
     if "run.epochs" in options:
         words += ["--steps", "0"]
     with pytest.raises(SystemExit, match=message):
-        train_xqgan.main(words)
+        train_tokenizer.main(words)
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
@@ -397,10 +397,10 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path):
 
 
 def test_other_parts_do_not_go_on(tmp_path):
-    import train_xqgan
+    import train_tokenizer
 
     words = ["--config", "laptop", "--steps", "1", "--data.workers", "0", "--data.batch", "2"]
     words += ["--out", str(tmp_path), "--model.kmeans", "false", "--discriminator.kind", ""]
-    train_xqgan.main(words)
+    train_tokenizer.main(words)
     with pytest.raises(SystemExit, match="holds checkpoints of other parts; take another --out"):
-        train_xqgan.main([*words, "--model.tokenizer.encoder.z_channels", "8", "--steps", "2"])
+        train_tokenizer.main([*words, "--model.tokenizer.encoder.z_channels", "8", "--steps", "2"])

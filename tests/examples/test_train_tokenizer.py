@@ -1,291 +1,488 @@
-"""The demo: every quantizer trains, and what the script writes can be read again."""
+"""The recipe: every part of it takes steps, and what was killed goes on as if it had not been."""
 
 import json
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from xq.models import Tokenizer
+from xq.losses.trunks import Trunk
+from xq.models import CNNDecoder, CNNEncoder, Tokenizer
+from xq.models.checkpoints.llamagen import FORMAT
+from xq.quantizers import VQ
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-QUANTIZERS = ["vq", "rq", "pq", "lfq", "bsq", "msvr10p2", "msbr10p2"]
-QUICK = ["--batch", "4", "--threads", "1", "--no-bf16"]
+SCRIPT = EXAMPLES / "train_tokenizer.py"
+
+TINY = """
+[model.tokenizer]
+encoder = {class = "CNNEncoder", dim = 8, channels = 8, multipliers = [1], blocks = 1, \
+z_channels = 8, patch = 4}
+decoder = {class = "CNNDecoder", dim = 8, channels = 8, multipliers = [1], blocks = 1, \
+z_channels = 8, patch = 4}
+
+[model.tokenizer.quantizer]
+class = "ProductQuantizer"
+P = 2
+
+[model.tokenizer.quantizer.quantizer]
+class = "ResidualQuantizer"
+quantizer = {class = "VQ", dim = 4, codebook_size = 16, codebook = \
+{class = "EMACodebook", decay = 0.9, revive = 0.0}}
+multiscale = [1, 2, 8]
+
+[data]
+size = 32
+batch = 4
+workers = 0
+
+[run]
+steps = 4
+bf16 = false
+
+[optimizer]
+lr = 1e-3
+lr_batch = 0
+warmup_epochs = 0.0
+min_lr = 1e-4
+ema = 0.9
+
+[loss]
+perceptual = 0.0
+
+[discriminator]
+kind = "patchgan"
+arguments = {channels = 8, depth = 1, norm = "group"}
+start = 0.3
+lr = 1e-3
+augment = 0.0
+
+[log]
+every = 1
+
+[eval]
+every = 4
+pictures = 4
+shown = 2
+
+[save]
+every = 2
+"""
+VIT = {
+    "backbone": "vit_base_patch16_224",
+    "image_size": 32,
+    "patch_size": 8,
+    "tokens": 2,
+    "dim": 8,
+    "options": {"embed_dim": 64, "depth": 2, "num_heads": 2},
+}
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """`examples/train_tokenizer.py` as a module."""
+    """`examples/train_tokenizer.py` as a module, alone."""
     monkeypatch.syspath_prepend(EXAMPLES)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
     import train_tokenizer
 
-    monkeypatch.setattr(train_tokenizer, "EVALUATIONS", 4)
-    monkeypatch.setattr(train_tokenizer, "LOG_EVERY", 1)
     return train_tokenizer
 
 
-def draw(path: Path, width: int, height: int, seed: int, mode: str = "RGB") -> Path:
-    """A smooth picture in lively colours."""
-    random = np.random.default_rng(seed)
-    coarse = random.integers(0, 256, (5, 7, 4 if mode == "RGBA" else 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(coarse, mode="RGBA" if mode == "RGBA" else None).resize(
-        (width, height), Image.Resampling.BICUBIC
-    ).convert(mode).save(path)
-    return path
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration for moments, with a folder of 24 pictures in two classes."""
+    folder = tmp_path_factory.mktemp("tiny")
+    draws = np.random.default_rng(0)
+    for i in range(24):
+        path = folder / "pictures" / ("cats" if i < 16 else "dogs") / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(draws.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        coarse.resize((50, 40), Image.Resampling.BICUBIC).save(path)
+    text = TINY.replace("[data]", f'[data]\ntrain = "{folder / "pictures"}"')
+    (folder / "tiny.toml").write_text(text)
+    return folder / "tiny.toml"
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of four pictures and a text; the last by name is 150 x 70 pixels."""
-    folder = tmp_path_factory.mktemp("pictures")
-    draw(folder / "a.png", 130, 96, 0)
-    draw(folder / "b" / "deep.jpg", 96, 130, 1)
-    draw(folder / "c.png", 100, 100, 2, "L")
-    draw(folder / "z.png", 150, 70, 3)
-    (folder / "notes.txt").write_text("no picture")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights: `teacher.pth`, `vit.pth` for the tokenizers, and `alex.safetensors`."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), folder / "teacher.pth")
+    backbone = timm.create_model(VIT["backbone"], num_classes=0, **VIT["options"])
+    torch.save(backbone.state_dict(), folder / "vit.pth")
+    trunk = {name: 0.05 * torch.randn(b.shape) for name, b in Trunk("alex").named_buffers()}
+    save_file(trunk, folder / "alex.safetensors")
     return folder
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_trains_and_reads_back(script, pictures, tmp_path, capsys, name):
-    steps = 16
-    arguments = ["--data", str(pictures), "--quantizer", name, "--steps", str(steps), *QUICK]
-    numbers = script.main([*arguments, "--out", str(tmp_path)])
+@pytest.fixture
+def train(script: ModuleType, tiny: Path, tmp_path: Path) -> Callable[..., SimpleNamespace]:
+    """`train("--data.batch 2", ..., out="name")`: runs it; records, folder and last numbers."""
 
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    losses = [r["loss"] for r in records if "loss" in r]
-    assert len(losses) == numbers["steps"] == steps
-    held_out = {r["step"]: r["held_out_psnr"] for r in records if "held_out_psnr" in r}
-    assert list(held_out) == [0, 4, 8, 12, 16]
-    assert held_out[16] > held_out[0] + 0.05
-    # codes that start at the data leave less to learn than one batch differs from another
-    if name not in ("vq", "rq", "pq"):
-        assert np.mean(losses[-6:]) < np.mean(losses[:2])
+    def run(*options: str, out: str = "out") -> SimpleNamespace:
+        folder = tmp_path / out
+        words = [word for option in options for word in option.split(" ", 1)]
+        numbers = script.main(["--config", str(tiny), "--out", str(folder), *words])
+        return SimpleNamespace(numbers=numbers, out=folder, **records(folder))
 
-    multiscale = name.startswith("ms")
-    written = {"curves.png", "metrics.jsonl", "picture.png", "report.json", "tokenizer"}
-    written |= {"tokens.npz", *(f"grid_{share:03d}.png" for share in (0, 25, 50, 75, 100))}
-    written |= {"partials.png"} if multiscale or name == "rq" else set()
-    assert {path.name for path in tmp_path.iterdir()} == written
-    assert json.loads((tmp_path / "report.json").read_text()) == numbers
-
-    # of 150 x 70 pixels, two tiles of 64 x 64 are coded
-    classes = [script.SmallEncoder, script.SmallDecoder]
-    saved = Tokenizer.from_pretrained(tmp_path / "tokenizer", classes=classes)
-    if multiscale:
-        saved = saved.with_scales(tuple((h, 2 * w) for h, w in saved.quantizer.grids))
-    with np.load(tmp_path / "tokens.npz") as file:
-        tokens = file["indices"]
-    assert tokens.dtype == np.uint16
-    assert numbers["bits"] == tokens.size * np.log2(saved.quantizer.codebook_size)
-    with torch.no_grad():
-        decoded = script.to_bytes(saved.decode(torch.from_numpy(tokens)))[0]
-    shown = np.array(Image.open(tmp_path / "picture.png"))
-    assert shown.shape[1:] == (128, 3)
-    np.testing.assert_array_equal(decoded.permute(1, 2, 0).numpy(), shown[-64:])
-
-    said = capsys.readouterr().out
-    assert "to the same pixels" in said
-    assert str(tmp_path) in said
-    assert "8 x 8 means, bicubic" in said
+    return run
 
 
-def test_swapping_the_quantizer_changes_the_tokens_alone(script):
-    from common.quantizers import RECIPES
+def records(folder: Path) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    held_out = [line["held_out"] for line in lines if "held_out" in line]
+    return {"losses": losses, "held_out": held_out, "lines": lines}
 
-    assert list(script.QUANTIZERS) == QUANTIZERS == list(RECIPES)
-    shapes = {name: script.QUANTIZERS[name]().code_shape for name in QUANTIZERS}
-    assert shapes == {
-        "vq": (),
-        "rq": (4,),
-        "pq": (4,),
-        "lfq": (),
-        "bsq": (),
-        "msvr10p2": (2,),
-        "msbr10p2": (2,),
+
+def state(folder: Path) -> dict[str, Any]:
+    return torch.load(sorted((folder / "checkpoints").iterdir())[-1])
+
+
+def as_option(name: str, value: Any) -> str:
+    """A setting as the command line has it."""
+
+    def toml(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{k} = {toml(v)}" for k, v in value.items()) + "}"
+        if isinstance(value, list):
+            return "[" + ", ".join(map(toml, value)) + "]"
+        return json.dumps(value)
+
+    return f"--{name} {toml(value)}"
+
+
+def vit(quantizer: dict[str, Any], branches: int = 1) -> list[str]:
+    """Options for a tokenizer of small transformers."""
+    encoder = {"class": "ViTEncoder", **VIT, "branches": branches}
+    decoder = {"class": "ViTDecoder", **VIT}
+    return [
+        as_option("model.tokenizer.encoder", encoder),
+        as_option("model.tokenizer.decoder", decoder),
+        as_option("model.tokenizer.quantizer", quantizer),
+    ]
+
+
+def test_writes_everything(train):
+    done = train("--save.last 1")
+    assert [line["step"] for line in done.lines] == [1, 2, 3, 4, 4]
+    assert {p.name for p in done.out.iterdir()} == {
+        *("metrics.jsonl", "tensorboard", "checkpoints", "pictures", "tokenizer")
     }
+    assert [p.name for p in (done.out / "checkpoints").iterdir()] == ["step-00000004.pt"]
+    names = {"grid-00000004.png", "partials-00000004.png"}
+    assert {p.name for p in (done.out / "pictures").iterdir()} == names
+    with Image.open(done.out / "pictures" / "grid-00000004.png") as grid:
+        assert grid.size == (2 * 38 + 6, 2 * 38 + 6)
+    # by scale and branch
+    assert set(done.held_out[0]["used"]) == {
+        *("1: 1x1, 1", "1: 1x1, 2", "2: 2x2, 1", "2: 2x2, 2", "3: 8x8, 1", "3: 8x8, 2")
+    }
+    assert done.held_out[0] == done.numbers
+    assert {"step", "data", "images"} == set(done.lines[0]["speed"])
+    # the averaged weights are what is saved
+    average = state(done.out)["average"]
+    saved = Tokenizer.from_pretrained(done.out / "tokenizer").state_dict()
+    assert all(torch.equal(saved[name], average[name]) for name in saved)
+    online = state(done.out)["tokenizer"]
+    assert not torch.equal(online["decoder.conv_out.weight"], average["decoder.conv_out.weight"])
 
 
-def test_starts_from_the_command_line(pictures, tmp_path):
-    command = [sys.executable, "-W", "error", str(EXAMPLES / "train_tokenizer.py")]
-    command += ["--data", str(pictures), "--seconds", "2", "--batch", "2", "--bf16"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+def test_nothing_of_the_discriminator_is_computed_before_its_start(train, monkeypatch):
+    from common.objective import Judge, LeCam
+
+    calls = []
+    before = Judge.forward
+
+    def forward(self: Any, *images: Any) -> Any:
+        calls.append(len(images))
+        return before(self, *images)
+
+    monkeypatch.setattr(Judge, "forward", forward)
+    late = train("--discriminator.start 9")
+    assert calls == []
+    assert all("discriminator" not in loss and loss["adversarial"] == 0 for loss in late.losses)
+    assert state(late.out)["lecam"] == dict.fromkeys(LeCam().state_dict(), 0)
+    # 0.3 epochs of 22 pictures in batches of 4 are two steps
+    early = train(out="early")
+    assert len(calls) == 2
+    assert ["discriminator" in loss for loss in early.losses] == [False, False, True, True]
+    assert early.losses[2]["adversarial"] != 0
+    assert state(early.out)["lecam"]["fake_mean"] != 0
+
+
+OPTIONS = {
+    "bf16": ["--run.bf16 true"],
+    "no discriminator": ["--discriminator.kind "],
+    "stylegan, grey": [
+        *("--discriminator.kind stylegan", "--discriminator.kind_of_loss non_saturating"),
+        "--discriminator.arguments {image_size = 32, max_channels = 8}",
+        "--data.channels 1",
+        "--model.tokenizer.encoder.image_channels 1",
+        "--model.tokenizer.decoder.image_channels 1",
+    ],
+    "augmented, fixed weight, faded in": [
+        *("--discriminator.augment 1.0", "--discriminator.adaptive false"),
+        "--discriminator.ramp 3",
+    ],
+    "dropout, l1, micro-batches, k-means": [
+        *("--dropout.p 0.5", "--dropout.minimum 1", "--loss.pixels l1", "--data.accumulate 2"),
+        "--model.kmeans true",
+    ],
+    "workers, a class each, other decay": [
+        *("--data.workers 1", "--data.per_class 6", "--optimizer.weight_decay 0.1"),
+        "--data.flip false",
+    ],
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(train, options):
+    done = train("--steps 3", *options)
+    assert len(done.losses) == 3
+    assert all(np.isfinite(list(loss.values())).all() for loss in done.losses)
+    assert done.held_out[-1]["psnr"] > 5
+
+
+def test_teachers_lpips_and_a_dino_discriminator(train, weights, script):
+    quantizer = {
+        "class": "ProductQuantizer",
+        "P": 2,
+        "quantizer": {"class": "VQ", "dim": 4, "codebook_size": 16},
+    }
+    dino = {"backbone": "test_vit", "weights": str(weights / "teacher.pth"), "size": 32,
+            "depths": [0, 2]}  # fmt: skip
+    teacher = f"teacher_weights {weights / 'teacher.pth'}"
+    done = train(
+        *vit(quantizer, branches=2),
+        "--steps 3",
+        "--discriminator.kind dino",
+        as_option("discriminator.arguments", dino),
+        "--loss.perceptual 1.0",
+        "--loss.net alex",
+        f"--loss.net_weights {weights / 'alex.safetensors'}",
+        *("--semantic.weight 0.1", "--semantic.teacher test_vit", f"--semantic.{teacher}"),
+        *("--semantic.shared_projector true", "--semantic.normalize false"),
+        *("--semantic.temperature 1.0", "--semantic.cool_to 0.01"),
+        *("--detail.weight 0.1", "--detail.teacher test_vit", f"--detail.{teacher}"),
+        "--model.checkpointing true",
+    )
+    for loss in done.losses:
+        assert loss["semantic"] > 0
+        assert loss["detail"] > 0
+        assert loss["perceptual"] > 0
+    assert "lpips" in done.numbers
+    found = state(done.out)
+    # the temperature of the last step, two thirds of the way
+    scale = found["alignments"]["semantic.loss.log_scale"].exp()
+    assert scale == pytest.approx(1 / 3 + 100 * 2 / 3, rel=1e-5)
+    # shared with the tokenizer
+    shared = found["alignments"]["semantic.projector.weight"]
+    assert torch.equal(shared, found["tokenizer"]["encoder.quant_conv.weight"])
+    assert "detail.projector.weight" in found["alignments"]
+
+
+def test_lora_and_frozen_backbones(train, weights):
+    options = vit({"class": "VQ", "dim": 8, "codebook_size": 16})
+    options += [f"--model.weights {weights / 'vit.pth'}", "--discriminator.kind ", "--steps 2"]
+    done = train(*options, "--model.encoder lora", "--model.decoder frozen", "--model.lora_rank 2")
+    given = torch.load(weights / "vit.pth")
+    after = state(done.out)["tokenizer"]
+    key = "backbone.blocks.0.mlp.fc1"
+    assert torch.equal(after[f"encoder.{key}.base_layer.weight"], given["blocks.0.mlp.fc1.weight"])
+    assert after[f"encoder.{key}.lora_B.default.weight"].abs().max() > 0
+    assert torch.equal(after[f"decoder.{key}.weight"], given["blocks.0.mlp.fc1.weight"])
+    assert not torch.equal(after["encoder.backbone.norm.weight"], given["norm.weight"])
+    # saved as plain weights, updates included
+    saved = Tokenizer.from_pretrained(done.out / "tokenizer").state_dict()
+    assert not torch.equal(saved[f"encoder.{key}.weight"], given["blocks.0.mlp.fc1.weight"])
+    # and goes on
+    again = train(*options, "--model.encoder lora", "--model.decoder frozen", "--model.lora_rank 2",
+                  "--steps 3")  # fmt: skip
+    assert len(again.losses) == 3
+
+
+def test_perturbed_tokens_know_how_far_training_is(train, script, monkeypatch):
+    from xq.quantizers import Perturbed
+
+    seen = []
+    setter: Any = Perturbed.progress.fset
+
+    def record(self: Perturbed, value: float) -> None:
+        seen.append(value)
+        setter(self, value)
+
+    monkeypatch.setattr(Perturbed, "progress", Perturbed.progress.setter(record))
+    leaf = {"class": "VQ", "dim": 8, "codebook_size": 16}
+    perturbed = {"class": "Perturbed", "delta": 4, "quantizer": leaf}
+    train(as_option("model.tokenizer.quantizer", perturbed))
+    # once as it is built
+    assert seen == [0, 0, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.compile
+# dynamo looks at its inputs, which are no leaves
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled(train):
+    torch._dynamo.reset()
+    compiled = train("--model.compile aot_eager", "--steps 3")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1
+    plain = train("--steps 3", out="plain")
+    for one, other in zip(compiled.losses, plain.losses, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+def test_wandb(train, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="pip install wandb"):
+        train("--wandb")
+    logged: list[Any] = []
+    run = SimpleNamespace(log=lambda x, step: logged.append((step, x)), finish=lambda: None)
+    fake = SimpleNamespace(init=lambda **options: run, Image=lambda path: path)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train("--wandb")
+    assert [step for step, _ in logged] == [1, 2, 3, 4, 4, 4, 4]
+    assert "loss/total" in logged[0][1]
+    assert "held_out/used/1: 1x1, 1" in logged[4][1]
+
+
+def test_starts_from_a_folder(train):
+    first = train()
+    then = train(f"--init {first.out / 'tokenizer'}", "--steps 1", out="then")
+    # as good as what it starts from
+    assert then.losses[0]["reconstruction"] < first.losses[0]["reconstruction"]
+    with pytest.raises(SystemExit, match="is another tokenizer"):
+        train(f"--init {first.out / 'tokenizer'}", "--model.tokenizer.encoder.channels 16", out="x")
+
+
+def test_starts_from_a_released_file(train, tmp_path):
+    small = {"channels": 8, "multipliers": (1, 1), "blocks": 1, "z_channels": 8}
+    given = Tokenizer(CNNEncoder(8, **small), VQ(8, 16, normalize=True), CNNDecoder(8, **small))
+    state_there = FORMAT.table({}).revert(given.state_dict())
+    torch.save({"model": state_there}, tmp_path / "vq.pt")
+    options = [f"--init {tmp_path / 'vq.pt'}", "--steps 1", "--optimizer.lr 0.0"]
+    done = train("--model.tokenizer {}", *options, "--optimizer.warmup_lr 0.0")
+    after = state(done.out)["tokenizer"]
+    assert all(torch.equal(after[name], value) for name, value in given.state_dict().items())
+    with pytest.raises(SystemExit, match=r"vq\.pt cannot be read"):
+        train(*options, out="into another")
+
+
+def test_goes_on_after_a_kill_as_if_there_had_been_none(train, tiny, tmp_path):
+    steps = ["--steps 24", "--save.every 2", "--discriminator.augment 1.0", "--dropout.p 0.5",
+             "--dropout.minimum 1", "--eval.every 10", "--save.last 2"]  # fmt: skip
+    whole = train(*steps, out="whole")
+    words = [word for option in steps for word in option.split(" ", 1)]
+    command = [sys.executable, str(SCRIPT), "--config", str(tiny)]
+    killed = tmp_path / "killed"
+    running = subprocess.Popen(
+        [*command, "--out", str(killed), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert running.stdout is not None
+    deadline = time.monotonic() + 120
+    while len(list(killed.glob("checkpoints/*.pt"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(random.Random().uniform(0, 0.3))
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    running.stdout.close()
+    done = len(records(killed)["losses"])
+    assert 3 <= done < 24, f"{done} steps were done"
+    # in the middle of a write
+    (killed / "checkpoints" / "step-00000099.pt.part").write_bytes(b"half")
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3')
+    resumed = train(*steps, out="killed")
+    assert resumed.losses == whole.losses
+    assert resumed.held_out == whole.held_out
+    one, other = state(whole.out), state(resumed.out)
+    for part in ("tokenizer", "average", "judge", "lecam"):
+        assert all(torch.equal(one[part][k], other[part][k]) for k in one[part])
+
+
+@pytest.mark.distributed
+def test_two_processes_are_one_with_the_joint_batch(train, tiny, tmp_path, weights):
+    options = [
+        *("--data.accumulate 2", "--data.batch 8", "--steps 3"),
+        *("--semantic.weight 0.1", "--semantic.teacher test_vit"),
+        f"--semantic.teacher_weights {weights / 'teacher.pth'}",
+        "--eval.pictures 3",
+    ]
+    one = train(*options, out="one")
+    words = [word for option in options for word in option.split(" ", 1)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", str(SCRIPT), "--config", str(tiny)]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "two"), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "msbr10p2" / "partials.png").is_file()
+    assert "2 processes" in done.stdout
+    two = records(tmp_path / "two")
+    assert len(two["losses"]) == 3
+    for alone, joint in zip(one.losses, two["losses"], strict=True):
+        for name, value in alone.items():
+            # Adam magnifies rounding, and gradients more than losses
+            room = 1e-2 if name.startswith("gradient") else 1e-5
+            assert joint[name] == pytest.approx(value, abs=room), name
+    assert two["held_out"][0]["psnr"] == pytest.approx(one.numbers["psnr"], abs=1e-3)
+    assert two["held_out"][0]["used"] == one.numbers["used"]
 
 
-def test_demo_photographs_and_their_baselines(script):
-    from common.baselines import baselines
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_full_disk_destroys_nothing(train, tmp_path, monkeypatch, capsys, on_error):
+    import common.checkpoints
 
-    train, held_out = script.find_pictures("demo")
-    assert [path.stem for path in held_out] == ["chelsea"]
-    assert len(train) == 5
-    assert all(path.is_file() for path in train)
-    tiles = script.to_float(script.tiles([script.read(held_out[0])]))
-    assert tiles.shape == (28, 3, 64, 64)
-    values = baselines(tiles, tiles, 8)
-    assert values["8 x 8 means"] == pytest.approx(25.07, abs=0.01)
-    assert values["8 x 8 means, bicubic"] == pytest.approx(26.48, abs=0.01)
+    save = torch.save
 
+    def write(state: Any, file: Any) -> None:
+        if state["step"] == 4:
+            file.write(b"a part of it")
+            raise OSError(28, "No space left on device")
+        save(state, file)
 
-def test_a_folder_is_split_by_name(script, tmp_path):
-    for i in range(21):
-        draw(tmp_path / f"{i:02d}.png", 64, 64, i)
-    train, held_out = script.find_pictures(str(tmp_path))
-    assert [path.stem for path in held_out] == ["19", "20"]
-    assert len(train) == 19
-    assert not set(train) & set(held_out)
-
-
-def test_crops_repeat_with_their_seed(script, pictures):
-    files, _ = script.find_pictures(str(pictures))
-    first, again, other = (script.Crops(files, seed).batch(8) for seed in (0, 0, 1))
-    assert first.shape == (8, 3, 64, 64)
-    assert first.min() >= -1
-    assert first.max() <= 1
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    monkeypatch.setattr(common.checkpoints.torch, "save", write)
+    options = ["--steps 6", f"--save.on_error {on_error}", "--eval.every 100", "--save.last 1"]
+    if on_error == "stop":
+        message = r"step-00000004\.pt cannot be written .*No space left on device.*goes on from"
+        with pytest.raises(SystemExit, match=message):
+            train(*options)
+        kept = ["step-00000002.pt"]
+    else:
+        train(*options)
+        assert "step-00000004.pt cannot be written" in capsys.readouterr().err
+        kept = ["step-00000006.pt"]
+    assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == kept
+    # with room again, the same command goes on
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(EXAMPLES)
+    assert len(train(*options).losses) == 6
 
 
-def test_a_folder_beyond_memory_is_read_in_turn(script, pictures, monkeypatch):
-    import common.data
-
-    monkeypatch.setattr(common.data, "POOL", 1)
-    files, _ = script.find_pictures(str(pictures))
-    crops = script.Crops(files, 0)
-    seen = {crops.pool[0][0]}
-    for _ in range(2):
-        crops.batch(1)
-        seen.add(crops.pool[0][0])
-    assert seen == set(files)
-
-
-def test_large_and_transparent_pictures(script, tmp_path):
-    large = draw(tmp_path / "large.png", 2100, 900, 0)
-    assert script.read(large).shape == (3, 225, 525)
-    wide = draw(tmp_path / "wide.png", 2100, 150, 0)
-    assert script.read(wide).shape == (3, 75, 1050)
-    clear = tmp_path / "clear.png"
-    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(clear)
-    assert (script.read(clear) == 255).all()
-
-
-def no_folder(folder: Path) -> Path:
-    return folder / "nowhere"
-
-
-def empty(folder: Path) -> Path:
-    (folder / "notes.txt").write_text("no picture")
-    return folder
-
-
-def one_picture(folder: Path) -> Path:
-    return draw(folder / "a.png", 64, 64, 0).parent
-
-
-def unreadable(folder: Path) -> Path:
-    (folder / "bad.png").write_bytes(b"no picture")
-    return one_picture(folder)
-
-
-def cut_short(folder: Path) -> Path:
-    data = draw(folder / "bad.png", 640, 640, 1).read_bytes()
-    (folder / "bad.png").write_bytes(data[: len(data) // 2])
-    return one_picture(folder)
-
-
-def too_small(folder: Path) -> Path:
-    draw(folder / "bad.png", 640, 63, 1)
-    return one_picture(folder)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (no_folder, "nowhere is no folder"),
-        (empty, "holds 0 images; two are needed"),
-        (one_picture, "holds 1 images; two are needed"),
-        (unreadable, r"bad\.png cannot be read as an image"),
-        (cut_short, r"bad\.png cannot be read as an image"),
-        (too_small, r"bad\.png is too small: 640 x 63 pixels, and crops are 64 x 64"),
-    ],
-)
-def test_bad_folders(script, tmp_path, make, message):
-    source, out = tmp_path / "in", tmp_path / "out"
-    source.mkdir()
-    with pytest.raises(SystemExit, match=message):
-        script.main(["--data", str(make(source)), "--out", str(out)])
-    assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--quantizer", "fsq"], "invalid choice: 'fsq'"),
-        (["--steps", "0"], "--steps must be positive, got 0"),
-        (["--seconds", "-1"], "--seconds must be positive, got -1"),
-    ],
-)
-def test_bad_arguments(script, capsys, arguments, message):
-    with pytest.raises(SystemExit):
-        script.main(arguments)
-    assert message in capsys.readouterr().err
-
-
-def test_the_schedule_follows_whichever_ends_first(script, monkeypatch):
-    import common.clock
-
-    now = 0.0
-    monkeypatch.setattr(common.clock.time, "monotonic", lambda: now)
-    clock = script.Clock(steps=10, seconds=100.0)
-    assert clock.progress() == 0
-    clock.step, now = 1, 20.0
-    assert clock.progress() == 0.2
-    clock.step = 5
-    assert clock.progress() == 0.5
-    now = 1000.0
-    assert clock.progress() == 1
-    rates = [script.learning_rate(1.0, step, 0.5, warm_up=4) for step in range(5)]
-    assert rates == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
-    assert script.learning_rate(1.0, 100, 1.0) == pytest.approx(0)
-
-
-@pytest.mark.parametrize("quick", [False, True])
-def test_the_faster_precision_is_taken(script, monkeypatch, quick):
-    import common.speed
-
-    now, slow = 0.0, not quick
-
-    def step(bf16: bool) -> None:
-        nonlocal now
-        now += 5 if bf16 == slow else 1
-
-    monkeypatch.setattr(common.speed.time, "perf_counter", lambda: now)
-    before = torch.get_num_threads()
-    try:
-        speed = script.Speed(step, threads=1, bf16=None)
-        assert (speed.bf16, speed.threads, torch.get_num_threads()) == (quick, 1, 1)
-        slow = quick
-        speed.check(1.5)
-        assert speed.bf16 is quick
-        speed.check(5.0)
-        assert speed.bf16 is not quick
-        assert script.Speed(step, threads=1, bf16=slow).bf16 is slow
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_threads_are_tried_unless_told(script):
-    before = torch.get_num_threads()
-    try:
-        speed = script.Speed(lambda bf16: None, threads=None, bf16=False)
-        assert (1, False) in speed.ways
-        assert speed.threads == torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
+def test_a_broken_picture(train, tiny, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    shutil.copytree(tiny.parent / "pictures", pictures)
+    broken = pictures / "cats" / "03.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"03\.png cannot be read.*--data\.broken skip"):
+        train(f"--data {pictures}", "--steps 8")
+    done = train(f"--data {pictures}", "--data.broken skip", "--steps 6", out="skip")
+    assert len(done.losses) == 6
+    assert "03.png" in (done.out / "skipped.txt").read_text()
+    assert "skipped: " in capsys.readouterr().err
