@@ -28,9 +28,9 @@ def ratio(value: float | None) -> str:
     return "" if value is None else f"{_three(value)}x"
 
 
-def share(value: float | None) -> str:
+def share(value: float | None, digits: int = 0) -> str:
     """Such as `91 %`."""
-    return "" if value is None else f"{100 * value:.0f} %"
+    return "" if value is None else f"{100 * value:.{digits}f} %"
 
 
 def rate(limit: dict[str, Any]) -> str:

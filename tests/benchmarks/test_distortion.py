@@ -11,11 +11,11 @@ from PIL import Image
 pytest.importorskip("matplotlib", reason="the pictures of the bench extra")
 pytest.importorskip("skimage", reason="the photographs of the bench extra")
 
-from benchmarks import coders, distortion, report
+from benchmarks import coders, distortion, distortion_cases, report
 from benchmarks.asked import judged
 from benchmarks.cases import XQ, Red, Skip
 from benchmarks.coders import BEAM, FAISS, Coder, Plan
-from benchmarks.distortion import Error, Sooner, Used
+from benchmarks.distortion_asked import Error, Sooner, Used
 from benchmarks.patches import DIM, Patches, patches
 from benchmarks.peers import VQP
 from xq.quantizers import LFQ, ProductQuantizer, ResidualQuantizer, beam_encode
@@ -89,7 +89,7 @@ def test_a_table_from_a_run(run, tmp_path):
     assert report.rewritten(written, tmp_path) == written
 
 
-def test_the_readme_has_a_place_for_it():
+def test_the_page_has_a_place_for_it():
     page = report.PAGE.read_text()
     assert page.count("<!-- distortion: begin -->") == page.count("<!-- distortion: end -->") == 1
 
@@ -120,8 +120,8 @@ def test_a_peer_that_is_not_there_is_named(monkeypatch, data):
     def missing(codebook_size):
         raise Skip("not installed (pip install faiss-cpu)")
 
-    monkeypatch.setattr(distortion, "faiss_kmeans", missing)
-    case = distortion.measured(distortion.vq_work(4, Plan(32, 1)), data, rounds=2)
+    monkeypatch.setattr(distortion_cases, "faiss_kmeans", missing)
+    case = distortion.measured(distortion_cases.vq_work(4, Plan(32, 1)), data, rounds=2)
     assert case["skipped"] == {FAISS: "not installed (pip install faiss-cpu)"}
     assert "faiss: left out, not installed" in distortion.block(case)
     head, (row,) = distortion.table({"cases": [case]})
