@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench distortion clean
+.PHONY: help demo test docs bench distortion ablation clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -18,6 +18,9 @@ test: .venv/installed-dev ## lint, check types, run every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --jaxtyping-packages=xq,beartype.beartype -m "not compile"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m compile
 
+docs: .venv/installed-docs ## build the documentation into site/, any warning an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: .venv/installed-bench ## time xq beside other libraries, half an hour
 	$(BIN)/python -m benchmarks.lookup
 	$(BIN)/python -m benchmarks.entropy
@@ -31,6 +34,10 @@ bench: .venv/installed-bench ## time xq beside other libraries, half an hour
 
 distortion: .venv/installed-bench ## train codebooks beside other libraries' and compare errors, 15 minutes
 	$(BIN)/python -m benchmarks.distortion
+	$(BIN)/python -m benchmarks.report
+
+ablation: .venv/installed-bench ## the paper's comparisons on photographs, an hour on one core
+	$(BIN)/python -m benchmarks.ablation
 	$(BIN)/python -m benchmarks.report
 
 clean: ## remove .venv, builds and caches; runs/ stays

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import harness, pictures
-from benchmarks.asked import Faster
+from benchmarks.asked import Asked, Faster
 from benchmarks.cases import XQ, Case, Red, Spec
 from benchmarks.words import memory, ratio
 from xq.models import AR, VAR, teacher_forcing
@@ -39,7 +39,7 @@ def ar_case(size: Sequence[int], batch: int, device: str, side: int = 16) -> Cas
         side: Of the grid.
     """
     depth, width, heads = size
-    options = {"depth": depth, "width": width, "heads": heads, "classes": CLASSES}
+    options: Any = {"depth": depth, "width": width, "heads": heads, "classes": CLASSES}
     model = AR(CODES, side, **options)
     labels = _prepared(model, batch, device)
 
@@ -51,7 +51,8 @@ def ar_case(size: Sequence[int], batch: int, device: str, side: int = 16) -> Cas
             tokens[:, t] = draw(logits, generator=generator, **FILTERS)[:, 0]
         return tokens.unflatten(1, model.token_shape)
 
-    return _case(model, device, partial(model.generate, labels, **FILTERS), recomputed)
+    cached = partial(model.generate, labels, **FILTERS)
+    return _case(model, device, cached, recomputed, range(1, model.num_tokens + 1))
 
 
 def var_case(size: Sequence[int], batch: int, device: str, scales: Sequence[int] = SCALES) -> Case:
@@ -66,7 +67,7 @@ def var_case(size: Sequence[int], batch: int, device: str, scales: Sequence[int]
     depth, width, heads = size
     torch.manual_seed(0)
     quantizer = ResidualQuantizer(VQ(CHANNELS, CODES), multiscale=tuple(scales))
-    options = {"depth": depth, "width": width, "heads": heads, "classes": CLASSES}
+    options: Any = {"depth": depth, "width": width, "heads": heads, "classes": CLASSES}
     model = VAR.of(quantizer, **options)
     quantizer = quantizer.eval().to(device)
     labels = _prepared(model, batch, device)
@@ -80,7 +81,8 @@ def var_case(size: Sequence[int], batch: int, device: str, scales: Sequence[int]
             tokens = torch.cat([tokens, draw(logits, generator=generator, **FILTERS)], dim=1)
         return tokens
 
-    return _case(model, device, partial(model.generate, quantizer, labels, **FILTERS), recomputed)
+    cached = partial(model.generate, quantizer, labels, **FILTERS)
+    return _case(model, device, cached, recomputed, model.ends)
 
 
 def _prepared(model: AR | VAR, batch: int, device: str) -> Tensor:
@@ -98,17 +100,22 @@ def _case(
     device: str,
     cached: Callable[..., Tensor],
     recomputed: Callable[[torch.Generator], Tensor],
+    lengths: Sequence[int],
 ) -> Case:
+    """Both ways to sample; `lengths` is what recomputation gives to the model, step by step."""
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    said = f"{size:.1f} M parameters, {model.num_tokens} tokens"
+
     def check(results: dict[str, Tensor]) -> dict[str, str]:
         mine, other = results[XQ], results.get(RECOMPUTED)
         if mine.min() < 0 or mine.max() >= CODES or len(mine.unique()) < 2:
             raise Red(f"{XQ} draws tokens that are none, or all alike")
         if other is None:
-            return {XQ: _size(model)}
+            return {XQ: said}
         differ = (mine != other).double().mean().item()
         if differ:
             raise Red(f"{XQ}: {differ:.2%} of the tokens differ from those of recomputation")
-        return {XQ: _size(model), RECOMPUTED: "same tokens"}
+        return {XQ: said, RECOMPUTED: f"same tokens, {sum(lengths)} positions"}
 
     def run(sample: Callable[..., Tensor], *, keyword: bool) -> Tensor:
         generator = torch.Generator(device).manual_seed(0)
@@ -119,10 +126,6 @@ def _case(
     case.add(XQ, lambda: partial(run, cached, keyword=True), ours=True)
     case.add(RECOMPUTED, lambda: partial(run, recomputed, keyword=False), ours=True)
     return case
-
-
-def _size(model: nn.Module) -> str:
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
 
 
 def specs(device: str, quick: bool) -> list[Spec]:
@@ -153,7 +156,7 @@ def specs(device: str, quick: bool) -> list[Spec]:
     ]
 
 
-ASKED_OF = [Faster(ASKED, 5, RECOMPUTED)]
+ASKED_OF: list[Asked] = [Faster(ASKED, 5, RECOMPUTED)]
 
 
 def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -162,19 +165,23 @@ def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for case in document["cases"]:
         by_name = {c["name"]: c for c in case["contenders"]}
         mine, other, batch = by_name[XQ], by_name[RECOMPUTED], case["sizes"]["batch"]
+        size, tokens = (word.rpartition(" ")[0] for word in mine["checked"].split(", "))
+        positions = int(other["checked"].split()[-2])
         speeds = [f"{batch / c['median']:.3g}" for c in (mine, other)]
         rows.append(
             [
-                case["name"],
-                mine["checked"].partition(" parameters")[0],
+                case["name"].partition(",")[0],
+                size,
+                tokens,
                 str(batch),
                 *speeds,
                 ratio(other["median"] / mine["median"]),
+                ratio(positions / int(tokens)),
                 memory(mine["peak_bytes"]),
             ]
         )
-    head = ["work", "parameters", "batch", "images/s", RECOMPUTED, "faster", "extra memory"]
-    return head, rows
+    head = ["work", "parameters", "tokens", "batch", "images/s", RECOMPUTED]
+    return [*head, "faster", "positions", "extra memory"], rows
 
 
 BENCHMARK = harness.Benchmark(

@@ -24,6 +24,8 @@ from benchmarks.memory import FreshProcesses, cuda_peak
 from benchmarks.timing import LONG, Times, in_turn, time_all
 
 RESULTS = Path(__file__).parent / "results"
+# beside the page that shows them
+PICTURES = Path(__file__).parents[1] / "docs" / "assets" / "benchmarks"
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def parser(benchmark: Benchmark) -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder of the JSON and the PNG; default: results, with --quick a temporary one",
+        help="folder of the JSON and the PNG; default: those of the page, with --quick a new one",
     )
     return parser
 
@@ -130,14 +132,21 @@ def closed(benchmark: Benchmark, document: dict[str, Any], options: Options) -> 
     document["asked"] = [judged(line, document["cases"]) for line in asked]
     print(terminal.asked(document["asked"]))
     stem = benchmark.name + ("-cuda" if options.device == "cuda" else "")
-    options.out.mkdir(parents=True, exist_ok=True)
+    picture = pictures(options.out) / f"{stem}.png"
+    for folder in (options.out, picture.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     figure = benchmark.draw(document)
     FigureCanvasAgg(figure)
-    with replacing(options.out / f"{stem}.png") as path:
+    with replacing(picture) as path:
         figure.savefig(path, format="png", dpi=130)
     with replacing(options.out / f"{stem}.json") as path:
         path.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"\n{options.out / stem}.json and .png")
+    print(f"\n{options.out / stem}.json\n{picture}")
+
+
+def pictures(results: Path) -> Path:
+    """Where the pictures of these results go: beside them, unless they are the page's."""
+    return PICTURES if results.resolve() == RESULTS else results
 
 
 @contextmanager

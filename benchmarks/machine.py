@@ -16,7 +16,7 @@ import xq
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "faiss-cpu", "vector-quantize-pytorch", "triton", "flash-kmeans", "numpy")
 # what the benchmarks themselves write does not change what they measure
-_WRITTEN = (":!benchmarks/results", ":!benchmarks/README.md")
+_WRITTEN = (":!benchmarks/results", ":!docs/benchmarks.md", ":!docs/assets/benchmarks")
 
 
 def described(device: str) -> dict[str, Any]:

@@ -46,26 +46,28 @@ def patches(source: str, train: int, test: int) -> Patches:
         FileNotFoundError: If the folder, or scikit-image, is not there.
         ValueError: If there are fewer than two pictures, or one cannot be read.
     """
-    seen, held_out = _split(source)
+    seen, held_out = split(source)
     x = _drawn(seen, train, torch.Generator().manual_seed(0))
     y = _drawn(held_out, test, torch.Generator().manual_seed(1))
     mean = x.mean(0)
-    name = "scikit-image's photographs" if source == "demo" else f'photographs in "{_name(source)}"'
-    words = f"{len(seen)} of {name} to train on, {len(held_out)} to test on"
-    return Patches(x - mean, y - mean, words)
+    return Patches(x - mean, y - mean, words(source, len(seen), len(held_out)))
 
 
-def _split(source: str) -> tuple[list[Path], list[Path]]:
+def words(source: str, seen: int, held_out: int) -> str:
+    """So many pictures of which source, without the way to it."""
+    name = Path(source).resolve().name
+    name = "scikit-image's photographs" if source == "demo" else f'photographs in "{name}"'
+    return f"{seen} of {name} to train on, {held_out} to test on"
+
+
+def split(source: str) -> tuple[list[Path], list[Path]]:
+    """Files to train on and files to test on: see `patches`."""
     folders = [Path(source) / name for name in ("train", "val")]
     if source == "demo" or not all(folder.is_dir() for folder in folders):
         return find_pictures(source)
     # in each the two parts that it would have alone
     (a, b), (c, d) = (find_pictures(str(folder)) for folder in folders)
     return a + b, c + d
-
-
-def _name(source: str) -> str:
-    return Path(source).resolve().name
 
 
 def _drawn(paths: Sequence[Path], count: int, generator: torch.Generator) -> Tensor:

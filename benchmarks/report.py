@@ -1,4 +1,4 @@
-"""Writes the tables of `benchmarks/README.md` from `benchmarks/results/*.json`."""
+"""Writes the tables of `docs/benchmarks.md` from `benchmarks/results/*.json`."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    ablation,
     distortion,
     entropy,
     generate,
@@ -18,14 +19,14 @@ from benchmarks import (
     trees,
 )
 from benchmarks.asked import judged
-from benchmarks.harness import RESULTS, Benchmark, replacing
+from benchmarks.harness import RESULTS, Benchmark, pictures, replacing
 from benchmarks.machine import line
 from benchmarks.words import memory, rate, ratio, share, time
 
-PAGE = Path(__file__).parent / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 _MODULES = (
     *(lookup, entropy, step, trees, losses),
-    *(tokenizers, generate, imports, distortion),
+    *(tokenizers, generate, imports, distortion, ablation),
 )
 BENCHMARKS = {module.BENCHMARK.name: module.BENCHMARK for module in _MODULES}
 DEVICES = {"cpu": ("CPU", ""), "cuda": ("GPU", "-cuda")}
@@ -51,7 +52,8 @@ def section(benchmark: Benchmark, results: Path) -> str:
             parts += [f"**{name}.** {line(document)}.", _asked(document["asked"])]
             table = _table(*benchmark.table(document)) if benchmark.table else _cases(document)
             parts += [table, _costliest(document)]
-            parts.append(f"![{benchmark.title}]({_link(path.with_suffix('.png'))})")
+            picture = pictures(results) / path.with_suffix(".png").name
+            parts.append(f"![{benchmark.title}]({_link(picture)})")
         elif asked or device == "cpu":
             parts.append(f"**{name}**: {NOT_MEASURED}.")
             parts.append(_asked([judged(one, []) for one in asked]))

@@ -1,6 +1,6 @@
 """Measures a tokenizer, or compares two folders of pictures: numbers as JSON, a table, a picture.
 
-python examples/evaluate.py                                           what the demo has trained
+python examples/evaluate.py                                           xq's own, a photograph
 python examples/evaluate.py --tokenizer DIR --data DIR --partials     each scale or step
 python examples/evaluate.py --checkpoint FILE --data DIR --timm NAME --timm-weights FILE
 python examples/evaluate.py --data DIR --inception FILE               rFID, IS, KID and the like
@@ -26,13 +26,14 @@ from common import code_counts, probe
 from common.code_counts import CodeCounts
 from common.data import to_float
 from common.extremes import Extremes
+from common.parts import coloured
 from common.perturb import PerturbedTokens, perturbation
 from common.probe import FolderProbes
 from common.results import save_json, table
 from common.rows import CROP_NOTE, Batch, batches, find_rows
 from common.samples import Samples
 from common.scores import PAIRED_NOTES, Reference, Scores, load_networks
-from common.tokenizers import PRESETS, load_tokenizer, native_side
+from common.tokenizers import PRESETS, image_channels, load_tokenizer, native_side
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
@@ -84,6 +85,7 @@ def measure_tokenizer(
     tokenizer = tokenizer.to(device)
     side = args.size or native_side(tokenizer) or SIDE
     samples = found_rows(args.data, side)
+    reading: Any = (side, args.batch, args.threads, image_channels(tokenizer))
     blank = first_tokens(tokenizer, side, device)
     parts = parts_of(tokenizer.quantizer, blank, args.partials)
     perturbed = [PerturbedTokens(tokenizer, alpha, delta) for alpha, delta in args.perturb]
@@ -92,12 +94,12 @@ def measure_tokenizer(
     scores = [Scores(str(k), reference, len(samples)) for k in range(len(names))]
     probes = FolderProbes(tokenizer, args.probe, args.data, side, device) if args.probe else None
     if probes:
-        for batch in shown(batches(probes.samples, side, args.batch, args.threads), probes.samples):
+        for batch in shown(batches(probes.samples, *reading), probes.samples):
             if batch.rows:
                 probes.fit(*encoded(tokenizer, batch.pixels.to(device)), batch.labels)
         probes.solve()
     counts, extremes = CodeCounts(tokenizer, device), Extremes()
-    for batch in shown(batches(samples, side, args.batch, args.threads), samples):
+    for batch in shown(batches(samples, *reading), samples):
         pixels = batch.pixels.to(device)
         z, indices = encoded(tokenizer, pixels) if batch.rows else (pixels, blank[:0])
         counts.update(indices, as_batch=batch.whole or len(samples) < args.batch)
@@ -107,13 +109,14 @@ def measure_tokenizer(
         made = reconstructions(tokenizer, z, indices, len(parts), perturbed, batch.rows)
         for k, score in enumerate(scores):
             # where it has no part of the batch, a process only meets the others
-            bytes_made = to_uint8(next(made).clamp(-1, 1)) if batch.rows else pixels
+            bytes_made = to_uint8(coloured(next(made)).clamp(-1, 1)) if batch.rows else pixels
             values = score.compare(bytes_made, pixels)
             score.update(bytes_made, batch.rows)
             if k == len(parts) - 1:
                 extremes.add(batch.rows, values["psnr"], pixels, bytes_made)
     extremes.gather()
-    notes = {"pictures": CROP_NOTE, **PAIRED_NOTES, **reference.notes(len(samples))}
+    grey = "; grey" if image_channels(tokenizer) == 1 else ""
+    notes = {"pictures": CROP_NOTE + grey, **PAIRED_NOTES, **reference.notes(len(samples))}
     notes["usage"] = f"{code_counts.NOTE}; batches of {args.batch}"
     results = {
         "tokenizer": name,
@@ -143,9 +146,10 @@ def compare_folders(args: argparse.Namespace, folder: Path, device: torch.device
 
 
 def first_tokens(tokenizer: Tokenizer, side: int, device: torch.device) -> Int[Tensor, "1 ..."]:
-    """Those of a black picture, which shows whether it takes pictures of this size."""
+    """Those of a plain picture, which shows whether it takes pictures of this size."""
     try:
-        return tokenizer.encode(torch.zeros(1, 3, side, side, device=device))
+        shape = 1, image_channels(tokenizer), side, side
+        return tokenizer.encode(torch.zeros(shape, device=device))
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"the tokenizer takes no pictures of {side} x {side}: {error}; --size sets it"
@@ -155,7 +159,9 @@ def first_tokens(tokenizer: Tokenizer, side: int, device: torch.device) -> Int[T
 def encoded(tokenizer: Tokenizer, pixels: UInt8[Tensor, "b 3 h w"]) -> tuple[Tensor, Tensor]:
     """What the encoder makes of pictures, and the tokens."""
     weight = next(tokenizer.encoder.parameters())
-    z = tokenizer.encoder(to_float(pixels).to(weight.dtype))
+    # of grey pictures all channels are alike
+    images = to_float(pixels)[:, : image_channels(tokenizer)]
+    z = tokenizer.encoder(images.to(weight.dtype))
     return z, tokenizer.quantizer.encode(z)
 
 

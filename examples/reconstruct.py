@@ -1,13 +1,13 @@
 """A picture to tokens and back: draws original and reconstruction, and prints tokens and quality.
 
-python examples/reconstruct.py                              a demo photograph
+python examples/reconstruct.py PICTURE                      with the weights that xq brings
+python examples/reconstruct.py                              a photograph of scikit-image
 python examples/reconstruct.py PICTURE --tokenizer DIR      what save_pretrained wrote
 python examples/reconstruct.py PICTURE --checkpoint FILE    a released file, such as VAR's
 python examples/reconstruct.py PICTURE --preset msvr10p2    an architecture, with random weights
 """
 
 import argparse
-import inspect
 import math
 import sys
 import time
@@ -17,27 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from common.data import find_pictures
-from common.network import SmallDecoder, SmallEncoder
 from common.pictures import save_progress
-from common.principal import principal_components
+from common.tokenizers import PRESETS, load_tokenizer
 from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from xq.images import pad_to_multiple, to_images
 from xq.metrics import psnr
-from xq.models import Tokenizer, presets
-from xq.models.checkpoints import load_checkpoint
+from xq.models import Tokenizer
 
-TRAINED = "runs/msbr10p2/tokenizer"  # where examples/demo.py writes
 # a side that the strides of all tokenizers divide
 PROBE = 64
-PRESETS = sorted(
-    name
-    for name, make in vars(presets).items()
-    if inspect.isfunction(make)
-    and all(p.default is not p.empty for p in inspect.signature(make).parameters.values())
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         path = args.picture or str(find_pictures("demo")[1][0])
-        tokenizer, name = find_tokenizer(args)
-        tokenizer, image = fitted(tokenizer.eval().to(device), path, args.size)
+        tokenizer, name = load_tokenizer(args.tokenizer, args.checkpoint, args.preset)
+        tokenizer, image = fitted(tokenizer.to(device), path, args.size)
         image = image.to(device)
         indices, made, seconds = reconstructed(tokenizer, image)
     except (OSError, ValueError) as error:
@@ -66,24 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.tokens:
         np.savez(args.tokens, indices=indices.cpu().numpy(), codebook_size=size)
         print(f"tokens in {args.tokens}")
-
-
-def find_tokenizer(args: argparse.Namespace) -> tuple[Tokenizer, str]:
-    """The tokenizer that was asked for, and what to call it."""
-    if args.preset:
-        note = "RANDOM WEIGHTS, so its picture is noise; --checkpoint FILE takes trained ones"
-        return getattr(presets, args.preset)(), f"{args.preset} with {note}"
-    if args.checkpoint:
-        tokenizer = load_checkpoint(args.checkpoint)
-        if not isinstance(tokenizer, Tokenizer):
-            raise ValueError(f"{args.checkpoint} holds a {type(tokenizer).__name__}, no tokenizer")
-        return tokenizer, args.checkpoint
-    if args.tokenizer or Path(TRAINED).is_dir():
-        folder = args.tokenizer or TRAINED
-        # your tokenizer's own classes go here
-        classes = [SmallEncoder, SmallDecoder]
-        return Tokenizer.from_pretrained(folder, classes=classes), folder
-    return principal_components(), "principal components, since no tokenizer was given"
 
 
 @torch.no_grad()

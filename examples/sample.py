@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.generators import generate, load_generator
+from common.generators import Generator, generate, load_generator
 from common.network import SmallDecoder, SmallEncoder
 from common.pictures import save_rows
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from xq.models import AR, VAR, Tokenizer
+from xq.models import Tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @torch.inference_mode()
 def sample(
-    model: VAR | AR, tokenizer: Tokenizer, labels: Int[Tensor, " b"], options: Any
+    model: Generator, tokenizer: Tokenizer, labels: Int[Tensor, " b"], options: Any
 ) -> Float[Tensor, "b 3 h w"]:
     """A picture of each of these classes, clamped to [-1, 1].
 
@@ -53,11 +53,14 @@ def sample(
         model: The generator.
         tokenizer: Whose tokens it makes.
         labels: Classes, -1 for none.
-        options: Has guidance, temperature, top_k, top_p, seed, and batch: pictures at a time.
+        options: Those that `add_sampling` adds.
     """
     generator = torch.Generator(labels.device).manual_seed(options.seed)
-    names = ("guidance", "temperature", "top_k", "top_p")
+    names = ("guidance", "temperature", "top_k", "top_p", "power")
     given = {name: getattr(options, name) for name in names}
+    # of a RAR alone
+    if options.power is None:
+        del given["power"]
     made = []
     for part in labels.split(options.batch):
         tokens = generate(model, tokenizer.quantizer, part, generator=generator, **given)
@@ -69,6 +72,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     """The options that `sample` takes."""
     add = parser.add_argument
     add("--guidance", type=float, default=1.0, help="how much the class counts; 1 is none")
+    add("--power", type=float, help="how late guidance grows in a RAR (1)")
     add("--temperature", type=float, default=1.0)
     add("--top-k", type=int, help="draw among so many most probable codes (all)")
     add("--top-p", type=float, help="draw among the most probable codes of this share (all)")

@@ -2,6 +2,7 @@
 
 python examples/train_generator.py --tokens STORE --tokenizer DIR               next scale, VAR
 python examples/train_generator.py --tokens STORE --tokenizer DIR --model ar    next token, AR
+python examples/train_generator.py --tokens STORE --tokenizer DIR --model rar   in random orders
 torchrun --nproc_per_node 4 examples/train_generator.py ...                     a share each
 """
 
@@ -14,7 +15,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from common.generators import Objective, given_for, make_generator, save_generator
+from common.generators import (
+    Generator,
+    Objective,
+    given_for,
+    make_generator,
+    save_generator,
+)
 from common.learning import Average, clip_, cosine_rate, make_optimizer
 from common.network import SmallDecoder, SmallEncoder
 from common.resume import Records, load_checkpoint, save_checkpoint
@@ -23,7 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from xq.models import AR, VAR, Tokenizer
+from xq.models import RAR, Tokenizer, random_share
 from xq.token_store import TokenStore
 
 # points of the curve, the last at the end
@@ -33,7 +40,9 @@ CHUNK = 1 << 14
 BETAS, CLIP = (0.9, 0.95), 2.0
 # where the learning rate ends, as a share of the highest
 FINAL = 0.01
-KINDS = ("var", "var-bits", "ar")
+KINDS = ("var", "var-bits", "ar", "rar")
+# from when to when the share of random orders falls, as shares of all steps, as in the paper of RAR
+ANNEALED = (0.5, 0.75)
 # what may differ when a training goes on
 FREE = ("out", "tokens", "tokenizer", "save_every")
 
@@ -140,7 +149,7 @@ class Training:
     def __init__(
         self,
         accelerator: Accelerator,
-        model: VAR | AR,
+        model: Generator,
         quantizer: Any,
         data: Data,
         args: argparse.Namespace,
@@ -187,7 +196,10 @@ class Training:
         share = args.batch // accelerator.num_processes
         mine = slice(share * accelerator.process_index, share * (accelerator.process_index + 1))
         self.objective.train()
-        loss = self.objective(*self.batch(self.data.batch(self.step)[mine], dropped[mine]))
+        orders = self.orders()
+        order = None if orders is None else orders[mine].to(accelerator.device)
+        rows = self.data.batch(self.step)[mine]
+        loss = self.objective(*self.batch(rows, dropped[mine]), order)
         self.optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
         clip_(self.model, CLIP)
@@ -196,10 +208,17 @@ class Training:
         self.step += 1
         return loss.detach()
 
+    def orders(self) -> Int[Tensor, "b n"] | None:
+        """In which order a RAR learns each row of the batch, at first any, in the end raster."""
+        if not isinstance(self.model, RAR):
+            return None
+        start, end = (round(share * self.args.steps) for share in ANNEALED)
+        return self.model.orders(self.args.batch, random_share(self.step, start, end))
+
     def batch(
         self, rows: Sequence[int], dropped: Bool[Tensor, " b"] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `Objective` takes, of these rows; those that are dropped get no class."""
+        """What `Objective` takes first, of these rows; those that are dropped get no class."""
         tokens, labels = self.data.read(rows)
         if dropped is not None:
             labels = labels.masked_fill(dropped, -1)

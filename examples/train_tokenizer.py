@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.adm import BrokenPicture
 from common.config import command_line, differences, names, read_config
 from common.evaluation import draw, evaluate
 from common.journal import Journal
@@ -52,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         found = run.checkpoints.load()
         if found is not None:
             run.load(found)
-        elif config["model"]["kmeans"]:
-            run.start_codes()
+        else:
+            run.start()
         if run.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             journal = Journal(out, run.step, run.config.log, config)
@@ -66,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         torch.set_float32_matmul_precision("high")
     try:
         return train(run, journal)
-    except OSError as error:
-        sys.exit(f"step {run.step}: {error}; the same command goes on from the last checkpoint")
+    except (OSError, BrokenPicture) as error:
+        sys.exit(f"step {run.step}: {error}; {_again(run)}")
     except KeyboardInterrupt:
-        sys.exit(f"stopped at step {run.step}; the same command goes on from the last checkpoint")
+        sys.exit(f"stopped at step {run.step}; {_again(run)}")
     finally:
         if journal is not None:
             journal.close()
@@ -90,13 +91,13 @@ def train(run: Run, journal: Journal | None) -> dict[str, Any]:
         pace.lap()
         run.step += 1
         done, last = run.step, run.step == run.total
-        if done % config.log.every == 0 or last:
+        due = last or done % config.save.every == 0
+        # no weights are kept of which nothing was looked at
+        if done % config.log.every == 0 or due:
             shown = _shown(run, terms)
             speed = pace.read(config.data.batch)
-            if not math.isfinite(shown["total"]):
-                sys.exit(
-                    f"step {done}: the loss is not finite: {shown}; lower optimizer.lr, or clip"
-                )
+            if not all(map(math.isfinite, shown.values())):
+                sys.exit(f"step {done}: not all is finite: {shown}; lower optimizer.lr, or clip")
             if journal is not None:
                 lr = run.optimizers[0].param_groups[0]["lr"]
                 journal.add(done, loss=shown, lr=lr, speed=speed)
@@ -108,7 +109,7 @@ def train(run: Run, journal: Journal | None) -> dict[str, Any]:
         better = False
         if done % config.eval.every == 0 or last:
             numbers, better = _evaluate(run, journal)
-        if done % config.save.every == 0 or last or better:
+        if due or better:
             state = run.state()
             if run.rank == 0:
                 run.checkpoints.save(done, state, run.best["step"])
@@ -129,7 +130,7 @@ def step(run: Run, batches: Iterator[Any], pace: Pace) -> dict[str, Tensor]:
     for micro in range(count):
         with pace.loading():
             images, skipped = next(batches)
-        _report(run, skipped)
+        run.report(skipped)
         images = images.to(device, non_blocking=True)
         with contextlib.ExitStack() as stack:
             if micro < count - 1:
@@ -172,7 +173,7 @@ def _evaluate(run: Run, journal: Journal | None) -> tuple[dict[str, Any], bool]:
     batches = held_out_batches(
         run.held_out, config.eval.batch, config.eval.pictures, run.rank, run.world
     )
-    numbers = evaluate(tokenizer, batches, run.perceptual, run.device)
+    numbers = evaluate(tokenizer, run.reported(batches), run.perceptual, run.device)
     trained_on = run.usage.compute()
     numbers["used in training"] = usage_by_part(trained_on.used, tokenizer.quantizer)
     run.usage.reset()
@@ -201,12 +202,11 @@ def _shown(run: Run, terms: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(terms, values.tolist(), strict=True))
 
 
-def _report(run: Run, skipped: list[str]) -> None:
-    for text in skipped:
-        tqdm.write(f"skipped: {text}", file=sys.stderr)
-    if skipped and run.rank == 0:
-        with (run.out / "skipped.txt").open("a") as file:
-            file.writelines(f"{text}\n" for text in skipped)
+def _again(run: Run) -> str:
+    steps = run.checkpoints.steps()
+    if not steps:
+        return "there is no checkpoint yet, so the same command starts anew"
+    return f"the same command goes on from step {steps[-1]}"
 
 
 def _introduce(run: Run, found: dict[str, Any] | None) -> None:

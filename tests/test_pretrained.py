@@ -97,6 +97,13 @@ def test_training_resumes_bit_for_bit(name, tmp_path):
     assert_equal_states(trained(again, seed=5), trained(straight, seed=5))
 
 
+def test_whoever_reads_one_file_reads_the_other(tmp_path):
+    VQ(4, 11).save_pretrained(tmp_path)
+    (tmp_path / "other").touch()
+    modes = {(tmp_path / name).stat().st_mode for name in (*FILES, "other")}
+    assert len(modes) == 1
+
+
 def test_a_class_of_ones_own_is_passed_in(tmp_path):
     ProductQuantizer([OwnLeaf(3), OwnLeaf(3)]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'OwnLeaf' is not a part of xq; pass your own class"):

@@ -42,7 +42,7 @@ PROMISED = {
     "xq.models.presets": """
         vqgan vqgan_gumbel rqgan var_vqvae llamagen_vq8 llamagen_vq16 magvit2_lfq ibq
         vit_vqgan bsq_vit titok
-        vq vp2 msvr10p2 msbr10p2 robusttok xqgan_sc xqgan_v Row
+        vq vp2 msvr10p2 msbr10p2 robusttok xqgan_sc xqgan_v tiny Row
     """,
     "xq.models.checkpoints": """
         load_checkpoint inspect_checkpoint Found formats Format KeyTable Rename Drop Split

@@ -18,8 +18,15 @@ _PUBLIC = ("xq.quantizers", "xq.models", "xq.losses")
 def describe(value: Any) -> Any:
     """`value` as JSON: modules by their `config()`, functions by name, containers item by item.
 
+    Args:
+        value: A module, function, class, number, string, or a container of such.
+
     Raises:
         TypeError: If a part has no JSON form.
+
+    Examples:
+        >>> describe(ResidualQuantizer(FSQ([4, 4]), depth=2))["quantizer"]
+        {'class': 'FSQ', 'levels': [4, 4], 'bound': 'even'}
     """
     if isinstance(value, nn.Module) and hasattr(value, "_orig_mod"):
         raise TypeError(
@@ -53,6 +60,10 @@ def build(config: Any, classes: Iterable[type | Callable[..., Any]] = ()) -> Any
     Raises:
         ValueError: If it names something that is neither public in `xq` nor passed in, or
             arguments that its class does not take.
+
+    Examples:
+        >>> build({"class": "FSQ", "levels": [4, 4]}).codebook_size
+        16
     """
     names = {c.__name__: c for c in classes}
     if isinstance(config, list):

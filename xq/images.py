@@ -26,12 +26,23 @@ def to_images(pictures: Any) -> Float[Tensor, "b 3 h w"]:
     Raises:
         ValueError: If they are no bytes, their layout is neither of the two (or could be both), or
             sizes differ.
+
+    Examples:
+        >>> bytes_ = torch.randint(256, (2, 60, 90, 3), dtype=torch.uint8)
+        >>> images = to_images(bytes_)
+        >>> images.shape
+        torch.Size([2, 3, 60, 90])
+        >>> torch.equal(to_uint8(images), bytes_.permute(0, 3, 1, 2))
+        True
     """
     return _pixels(pictures).float() / 127.5 - 1
 
 
 def to_uint8(images: Shaped[Tensor, "..."]) -> UInt8[Tensor, "..."]:
     """Images in [-1, 1] to bytes, rounded to nearest; what lies outside becomes 0 or 255.
+
+    Args:
+        images: Any shape, floating-point.
 
     Raises:
         ValueError: If they are not floating-point, or hold a NaN.
@@ -49,6 +60,9 @@ def to_uint8(images: Shaped[Tensor, "..."]) -> UInt8[Tensor, "..."]:
 
 def to_pil(images: Shaped[Tensor, "..."]) -> list["Image.Image"]:
     """Images `(b, 3, h, w)` in [-1, 1] as PIL pictures, as `to_uint8` rounds them.
+
+    Args:
+        images: `(b, 3, h, w)`, floating-point.
 
     Raises:
         ValueError: If their layout, dtype or values do not fit.
@@ -76,6 +90,10 @@ def pad_to_multiple(images: Shaped[Tensor, "..."], multiple: int) -> Shaped[Tens
 
     Raises:
         ValueError: If `multiple` is below 1, or the images have other axes or no pixels.
+
+    Examples:
+        >>> pad_to_multiple(torch.rand(2, 3, 60, 90), 16).shape
+        torch.Size([2, 3, 64, 96])
     """
     if multiple < 1:
         raise ValueError(f"pad_to_multiple needs a positive integer, got multiple={multiple}")

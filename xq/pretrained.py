@@ -25,7 +25,13 @@ PretrainedT = TypeVar("PretrainedT", bound="Pretrained")
 
 
 class Pretrained(nn.Module):
-    """A module that is saved to a folder and read back; subclasses have a `config()`."""
+    """A module that is saved to a folder and read back; subclasses have a `config()`.
+
+    Examples:
+        >>> quantizer = ResidualQuantizer(VQ(8, 64), depth=2)
+        >>> quantizer.save_pretrained("my_quantizer")
+        >>> again = ResidualQuantizer.from_pretrained("my_quantizer")
+    """
 
     def save_pretrained(self, folder: PathLike) -> None:
         """Writes `config.json` and `model.safetensors`; each file appears whole or not at all.
@@ -38,6 +44,8 @@ class Pretrained(nn.Module):
             weights, config = Path(staging, _WEIGHTS), Path(staging, _CONFIG)
             save_file(_owned(self), weights, metadata={"format": "pt"})
             config.write_text(text)
+            # safetensors lets nobody but the owner read its file
+            weights.chmod(config.stat().st_mode & 0o777)
             # should it end between the two, no configuration stands beside another's weights
             (target / _CONFIG).unlink(missing_ok=True)
             weights.replace(target / _WEIGHTS)

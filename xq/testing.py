@@ -34,6 +34,9 @@ def check_quantizer(
 
     Raises:
         AssertionError: Naming the promise that is broken.
+
+    Examples:
+        >>> check_quantizer(FSQ([4, 3]), torch.randn(3, 5, 2))
     """
     for training in (False, True):
         q = copy.deepcopy(quantizer).train(training)

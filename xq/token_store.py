@@ -42,6 +42,16 @@ class TokenStore(Dataset[tuple[Tensor, Any]]):
         FileNotFoundError: If there is no store, or a part of it is missing.
         ValueError: If the quantizer is another one or a file is damaged; or if one of several parts
             is not complete, so that rows would not be where the data set has them.
+
+    Examples:
+        >>> quantizer = ResidualQuantizer(VQ(8, 256), multiscale=(1, 2, 4))
+        >>> tokens = quantizer.encode(torch.randn(3, 4, 4, 8))
+        >>> with TokenStore.create("my.tokens", quantizer, length=3) as store:
+        ...     store.append(tokens, labels=[7, 1, 7])
+        >>> TokenStore("my.tokens", quantizer)
+        TokenStore('my.tokens', 3 of 3 rows, each (21,) uint8)
+        >>> torch.equal(TokenStore("my.tokens")[0][0], tokens[0])
+        True
     """
 
     # an open file, while this store may append

@@ -10,13 +10,15 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-# the shorter side becomes this much larger than the crop at most
-_LARGEST = 1.25
 _DEEPEST = 65535
 
 
 class BrokenPicture(ValueError):
     """A picture that cannot be read."""
+
+    def __str__(self) -> str:
+        # a process that loads for another puts its traceback before
+        return super().__str__().rpartition("BrokenPicture: ")[2].strip()
 
 
 def read_crop(
@@ -26,11 +28,12 @@ def read_crop(
     channels: int,
     random: np.random.Generator | None = None,
     flip: bool = False,
+    zoom: float = 1.25,
 ) -> Float[Tensor, "{channels} {size} {size}"]:
     """A random crop at a random size, perhaps flipped; without `random`, the middle.
 
     Sides are halved by averaging while they are twice too long, then resized bicubically: the
-    shorter one to `size` for the middle, and to up to 1.25 times that before a random crop.
+    shorter one to `size` for the middle, and to up to `zoom` times that before a random crop.
     Pictures of 16 bits keep them. Transparent parts lie on white.
 
     Args:
@@ -40,6 +43,7 @@ def read_crop(
         channels: 3, or 1 for grey.
         random: Where draws come from.
         flip: Whether half of the crops are mirrored.
+        zoom: ADM's is 1.25.
 
     Raises:
         BrokenPicture: If it cannot be read.
@@ -51,7 +55,7 @@ def read_crop(
         raise BrokenPicture(f"{name} cannot be read as an image ({error})") from error
     shorter = size
     if random is not None:
-        shorter = int(random.integers(size, math.ceil(size * _LARGEST) + 1))
+        shorter = int(random.integers(size, math.ceil(size * zoom) + 1))
     picture = _resized(picture, shorter)
     spare_x, spare_y = (side - size for side in picture.size)
     x, y = spare_x // 2, spare_y // 2

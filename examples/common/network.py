@@ -87,10 +87,10 @@ class Block(nn.Module):
         return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
 
 
-def make_network(dim: int) -> tuple[Sum, Sum]:
+def make_network(dim: int, channels: int = 64) -> tuple[Sum, Sum]:
     """An encoder to vectors of `dim` channels, and a decoder back."""
-    encoder = Sum(linear=LinearEncoder(dim, STRIDE), cnn=SmallEncoder(dim))
-    decoder = Sum(linear=LinearDecoder(dim, STRIDE), cnn=SmallDecoder(dim))
+    encoder = Sum(linear=LinearEncoder(dim, STRIDE), cnn=SmallEncoder(dim, channels))
+    decoder = Sum(linear=LinearDecoder(dim, STRIDE), cnn=SmallDecoder(dim, channels))
     return encoder, decoder
 
 

@@ -1,6 +1,7 @@
 """What a configuration names: tokenizer, discriminator, perceptual distance, teachers."""
 
 import inspect
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from common.network import SmallDecoder, SmallEncoder
 from xq.backbones import timm_model
 from xq.config import build
+from xq.distributed import broadcast_
 from xq.losses import (
     LPIPS,
     CLIPTeacher,
@@ -22,7 +24,7 @@ from xq.losses import (
     Teacher,
     TimmTeacher,
 )
-from xq.models import Tokenizer, add_lora_, freeze_, presets
+from xq.models import Tokenizer, add_lora_, fit_pca_, freeze_, presets
 from xq.models.checkpoints import load_checkpoint
 
 # your tokenizer's own classes go here
@@ -44,6 +46,11 @@ def make_tokenizer(model: Any) -> Tokenizer:
     """
     if bool(model.preset) and bool(model.tokenizer):
         raise ValueError("model.preset and model.tokenizer are two tokenizers; leave one out")
+    if model.pretrained and not model.preset:
+        raise ValueError(
+            "model.pretrained is for a model.preset; a ViT of model.tokenizer takes pretrained = "
+            "true as an argument, or model.weights"
+        )
     tokenizer = None
     if model.preset:
         tokenizer = _preset(model)
@@ -63,19 +70,57 @@ def make_tokenizer(model: Any) -> Tokenizer:
         _tune_(getattr(tokenizer, name), getattr(model, name), model)
         if model.checkpointing:
             part = getattr(tokenizer, name)
-            if not hasattr(part, "checkpointing"):
+            # a transformer may be a part of what it is given as
+            networks = [module for module in part.modules() if hasattr(module, "checkpointing")]
+            if not networks:
                 raise ValueError(
                     f"model.checkpointing is for transformers, not for a {type(part).__name__}"
                 )
-            part.checkpointing = True
+            for network in networks:
+                network.checkpointing = True
     return tokenizer
+
+
+@torch.no_grad()
+def start_at_pca_(tokenizer: Tokenizer, images: Float[Tensor, "b c h w"]) -> None:
+    """Lets the linear parts carry the images' principal components; the others start at zero.
+
+    Raises:
+        ValueError: If encoder and decoder are no sums with a part "linear", or differ there.
+    """
+    sums = tokenizer.encoder, tokenizer.decoder
+    ends: list[Any] = [getattr(each, "parts", {}) for each in sums]
+    if not all("linear" in parts for parts in ends):
+        raise ValueError(
+            'model.pca needs a Sum with a part "linear" as encoder and as decoder, got '
+            f"{' and '.join(type(each).__name__ for each in sums)}"
+        )
+    forth, back = (parts["linear"] for parts in ends)
+    fit_pca_(forth, back, images)
+    # dealt out, so that all branches of a product get their share
+    branches = getattr(tokenizer.quantizer, "P", 1)
+    order = torch.arange(forth.dim).view(-1, branches).T.flatten()
+    forth.linear.weight.copy_(forth.linear.weight[order])
+    forth.linear.bias.copy_(forth.linear.bias[order])
+    back.linear.weight.copy_(back.linear.weight[:, order])
+    for name, part in chain(*(parts.items() for parts in ends)):
+        if name != "linear":
+            part.zero_output_()
+    # processes saw images of their own
+    broadcast_([p.data for part in (forth, back) for p in part.parameters()])
 
 
 def compile_(tokenizer: Tokenizer, backend: str) -> None:
     """Compiles the networks in place, piece by piece: blocks of transformers, parts of others.
 
     What makes the pixels is left out, so that gradients there (the adaptive weight's) stay cheap.
+
+    Raises:
+        ValueError: If there is no such backend.
     """
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        known = ", ".join(torch.compiler.list_backends())
+        raise ValueError(f"model.compile is a backend such as {known}; got {backend!r}")
     for part in (tokenizer.encoder, tokenizer.decoder):
         backbone = getattr(part, "backbone", None)
         last = getattr(part, "last_layer", None)
@@ -148,7 +193,8 @@ def _preset(model: Any) -> Tokenizer:
     if model.preset not in PRESETS:
         raise ValueError(f"model.preset is one of {', '.join(PRESETS)}; got {model.preset!r}")
     make, arguments = getattr(presets, model.preset), build(dict(model.arguments), CLASSES)
-    if model.pretrained and not model.weights:
+    # whatever replaces them all, nothing is downloaded before
+    if model.pretrained and not model.weights and not model.init:
         arguments["pretrained"] = True
     try:
         return make(**arguments)

@@ -84,22 +84,31 @@ class HeldOut:
             yield tile, 0
 
 
-def centre_crop(source: Any, side: int) -> UInt8[Tensor, "3 {side} {side}"]:
+def centre_crop(source: Any, side: int, channels: int = 3) -> UInt8[Tensor, "3 {side} {side}"]:
     """A file as `CROP_NOTE` says; an image, which is a square already, as it is.
+
+    Args:
+        source: Which.
+        side: Of the square.
+        channels: 1 makes all three alike: grey.
 
     Raises:
         ValueError: If it cannot be read.
     """
     if isinstance(source, Image.Image):
-        return to_tensor(source)
-    return to_bytes(read_crop(source, str(source), side, 3))
+        return to_tensor((source.convert("L") if channels == 1 else source).convert("RGB"))
+    return to_bytes(read_crop(source, str(source), side, channels)).expand(3, -1, -1)
 
 
-def batches(samples: Samples, side: int, size: int, threads: int) -> Iterator[Batch]:
+def batches(
+    samples: Samples, side: int, size: int, threads: int, channels: int = 3
+) -> Iterator[Batch]:
     """The pictures in order; threads prepare a batch while the one before is looked at.
 
-    Each process gets a part of each batch, so that `size` counts the pictures of all of them.
+    Each process gets a part of each batch, so that `size` counts the pictures of all of them. With
+    a single channel they are grey.
     """
+    crop = partial(centre_crop, side=side, channels=channels)
     starts = range(0, len(samples), size)
     with ThreadPoolExecutor(threads) as pool:
 
@@ -107,7 +116,7 @@ def batches(samples: Samples, side: int, size: int, threads: int) -> Iterator[Ba
             length = min(size, len(samples) - start)
             low, high = (start + length * r // world_size() for r in (rank(), rank() + 1))
             found = list(samples.read(range(low, high)))
-            prepared = pool.map(partial(centre_crop, side=side), [source for source, _ in found])
+            prepared = pool.map(crop, [source for source, _ in found])
             return range(low, high), length == size, [label for _, label in found], prepared
 
         waiting = map(begin, starts)

@@ -1,25 +1,30 @@
 """A training set up from its settings: parts, data, steps, and the state that a checkpoint has."""
 
 import inspect
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from common.checkpoints import Checkpoints
 from common.config import Config, as_namespace
 from common.learning import Average, cosine_rate, make_optimizer, scaled
 from common.objective import Judge, Learner, Objective
 from common.parts import (
+    coloured,
     compile_,
     make_alignments,
     make_discriminator,
     make_perceptual,
     make_tokenizer,
+    start_at_pca_,
 )
 from common.sources import find_source, split
 from common.stream import Crops, check_batch, training_batches
@@ -28,6 +33,17 @@ from xq.losses import cooling_temperature
 from xq.metrics import CodebookUsage
 from xq.models import check_optimizer
 from xq.quantizers import DepthDropout, Perturbed, initialize
+
+# the least values of settings
+_LEAST = {
+    0: "data.per_class data.workers run.epochs run.steps run.seed optimizer.lr_batch "
+    "optimizer.warmup_epochs optimizer.weight_decay optimizer.clip loss.reconstruction "
+    "loss.perceptual loss.commitment loss.codebook loss.regularizer loss.adversarial "
+    "discriminator.start discriminator.ramp discriminator.lecam discriminator.warmup_epochs "
+    "discriminator.weight_decay semantic.weight detail.weight",
+    1: "model.start_batches data.size data.window data.zoom log.every eval.every eval.batch "
+    "eval.pictures eval.shown save.every",
+}
 
 
 class Run:
@@ -45,7 +61,7 @@ class Run:
 
     def __init__(self, config: Config, out: Path) -> None:
         self.settings, self.config, self.out = config, as_namespace(config), out
-        self.processes = PartialState(cpu=not torch.cuda.is_available())
+        self.processes: Any = PartialState(cpu=not torch.cuda.is_available())
         self.device: torch.device = self.processes.device
         self.rank, self.world = self.processes.process_index, self.processes.num_processes
         self._check()
@@ -65,9 +81,16 @@ class Run:
 
     def _check(self) -> None:
         check_batch(self.config.data, self.world)
-        for section, name in (("log", "every"), ("eval", "every"), ("save", "every")):
-            if getattr(getattr(self.config, section), name) < 1:
-                raise ValueError(f"{section}.{name} must be 1 or more")
+        for least, names in _LEAST.items():
+            for name in names.split():
+                section, setting = name.split(".")
+                if (value := self.settings[section][setting]) < least:
+                    raise ValueError(f"{name} must be {least} or more, got {value}")
+        if self.config.data.channels not in (1, 3):
+            raise ValueError(f"data.channels is 1 or 3, got {self.config.data.channels}")
+        betas = self.config.optimizer.betas
+        if len(betas) != 2 or not all(isinstance(b, float) and 0 <= b < 1 for b in betas):
+            raise ValueError(f"optimizer.betas are two numbers in [0, 1), got {betas}")
         if self.config.data.broken not in ("stop", "skip"):
             raise ValueError(f"data.broken is one of stop, skip; got {self.config.data.broken!r}")
 
@@ -112,10 +135,42 @@ class Run:
             )
         self.optimizers = self._make_optimizers()
         self.usage = CodebookUsage.of(tokenizer.quantizer).to(device)
+        self._try()
         if config.model.compile:
             compile_(tokenizer, config.model.compile)
         self.parallel = in_parallel(self.learner, device)
         self.parallel_judge = self.judge and in_parallel(self.judge, device)
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """Shows all networks plain pictures: what does not fit is told now, not at its start.
+
+        Raises:
+            ValueError: If something does not fit.
+        """
+        data = self.config.data
+        # two, since some norms want company
+        images = torch.zeros(2, data.channels, data.size, data.size, device=self.device)
+        networks = [network for network in (self.learner, self.judge) if network is not None]
+        try:
+            for network in networks:
+                network.eval()
+            made, *_ = self.learner(images)
+            if made.shape != images.shape:
+                raise ValueError(f"the decoder makes pictures of shape {tuple(made.shape[1:])}")
+            if self.perceptual is not None:
+                self.perceptual(coloured(made), coloured(images))
+            if self.judge is not None:
+                self.judge(coloured(images), coloured(made))
+        except (RuntimeError, ValueError) as error:
+            kind = "colour" if data.channels == 3 else "grey"
+            raise ValueError(
+                f"{kind} pictures of {data.size} x {data.size} (data.channels, data.size) do not "
+                f"go through: {error}"
+            ) from error
+        finally:
+            for network in networks:
+                network.train()
 
     def _dropout(self, tokenizer: Any) -> DepthDropout | None:
         settings, depth = self.config.dropout, tokenizer.quantizer.depth
@@ -158,8 +213,9 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         progress = step / self.total
-        for name, alignment in self.learner.alignments.items():
-            part: Any = getattr(config, name)
+        alignments: Any = self.learner.alignments
+        for name, alignment in alignments.items():
+            part = getattr(config, name)
             if part.cool_to:
                 alignment.loss.temperature = cooling_temperature(
                     progress, start=part.temperature, end=part.cool_to
@@ -169,12 +225,36 @@ class Run:
                 module.progress = progress
 
     @torch.no_grad()
-    def start_codes(self) -> None:
-        """Sets codebooks by k-means on the first batch."""
-        images, _ = next(training_batches(self.crops, range(1), self.rank, self.world))
-        tokenizer = self.tokenizer.eval()
-        initialize(tokenizer.quantizer, tokenizer.encoder(images.to(self.device)))
+    def start(self) -> None:
+        """Sets linear parts and codebooks by the first batches, where `model` asks for it."""
+        model, tokenizer = self.config.model, self.tokenizer.eval()
+        if model.init or not (model.pca or model.kmeans):
+            return
+        steps = range(model.start_batches)
+        batches = self.reported(training_batches(self.crops, steps, self.rank, self.world))
+        images = [images.to(self.device) for images, _ in batches]
+        if model.pca:
+            start_at_pca_(tokenizer, torch.cat(images))
+        if model.kmeans:
+            initialize(tokenizer.quantizer, torch.cat([*map(tokenizer.encoder, images)]))
         self.average = Average(tokenizer, self.config.optimizer.ema)
+
+    def report(self, skipped: list[str]) -> None:
+        """Tells of pictures that were skipped."""
+        for text in skipped:
+            tqdm.write(f"skipped: {text}", file=sys.stderr)
+        if skipped:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with (self.out / "skipped.txt").open("a") as file:
+                file.writelines(f"{text}\n" for text in skipped)
+
+    def reported(
+        self, batches: Iterator[tuple[Tensor, list[str]]]
+    ) -> Iterator[tuple[Tensor, list[str]]]:
+        """The same batches; what was skipped in them is told."""
+        for images, skipped in batches:
+            self.report(skipped)
+            yield images, skipped
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds; every process must ask for it."""

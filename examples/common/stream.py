@@ -92,7 +92,7 @@ class Crops(Dataset[tuple[Tensor, str]]):
             return read_crop(file, name, *sizes)
         file, name = self.source.open(int(self.rows[self.order[position]]))
         random = np.random.default_rng((self.seed, 1, position))
-        return read_crop(file, name, *sizes, random, self.data.flip)
+        return read_crop(file, name, *sizes, random, self.data.flip, self.data.zoom)
 
 
 class _Positions:

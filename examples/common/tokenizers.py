@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from common.network import SmallDecoder, SmallEncoder
 from xq.models import Tokenizer, presets
 from xq.models.checkpoints import load_checkpoint
 
-TRAINED = "runs/msbr10p2/tokenizer"  # where examples/demo.py writes
 # that can be made without an argument
 PRESETS = sorted(
     name
@@ -31,31 +29,35 @@ def load_tokenizer(
 ) -> tuple[Tokenizer, str]:
     """The tokenizer of one of these, in eval mode, and what to call it.
 
+    Without any, it is `presets.tiny`, whose weights come with xq.
+
     Args:
         folder: What `save_pretrained` wrote.
         checkpoint: A file of another project.
-        preset: The name of an architecture, which gets random weights.
+        preset: The name of an architecture, which gets random weights; tiny's are trained.
         classes: Of one's own, which the folder's configuration names.
 
     Raises:
         OSError: If it is not there.
         ValueError: If it cannot be read, or is no tokenizer.
     """
-    if preset:
-        return getattr(presets, preset)().eval(), f"{preset} with RANDOM WEIGHTS"
+    if preset and preset != "tiny":
+        note = "RANDOM WEIGHTS, so its pictures are noise; --checkpoint FILE takes trained ones"
+        return getattr(presets, preset)().eval(), f"{preset} with {note}"
     if checkpoint:
         found = load_checkpoint(checkpoint)
         if not isinstance(found, Tokenizer):
             raise ValueError(f"{checkpoint} holds a {type(found).__name__}, no tokenizer")
         return found.eval(), checkpoint
-    name = folder or TRAINED
-    if not folder and not Path(TRAINED).is_dir():
-        raise FileNotFoundError(
-            f"give --tokenizer, --checkpoint or --preset; {TRAINED} is not there, which "
-            "examples/demo.py writes"
-        )
-    known = [SmallEncoder, SmallDecoder, *classes]
-    return Tokenizer.from_pretrained(name, classes=known).eval(), name
+    if folder:
+        known = [SmallEncoder, SmallDecoder, *classes]
+        return Tokenizer.from_pretrained(folder, classes=known).eval(), folder
+    return presets.tiny(pretrained=True), "tiny, whose weights come with xq"
+
+
+def image_channels(tokenizer: Tokenizer) -> int:
+    """1 for a tokenizer of grey pictures."""
+    return getattr(tokenizer.encoder, "image_channels", 3)
 
 
 @torch.no_grad()
@@ -68,7 +70,8 @@ def native_side(tokenizer: Tokenizer) -> int | None:
     size = getattr(tokenizer.encoder, "image_size", None)
     if size is None and tokenizer.quantizer.scales:
         weight = next(tokenizer.encoder.parameters())
-        probe = torch.zeros(1, 3, _PROBE, _PROBE, dtype=weight.dtype, device=weight.device)
+        shape = 1, image_channels(tokenizer), _PROBE, _PROBE
+        probe = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         stride = _PROBE // tokenizer.encoder(probe).shape[1]
         size = [stride * n for n in tokenizer.quantizer.grids[-1]]
     if size is None or isinstance(size, int):

@@ -387,7 +387,7 @@ def test_words():
     assert share(0.917) == "92 %"
 
 
-def test_the_readme_has_the_tables_of_the_results():
+def test_the_page_has_the_tables_of_the_results():
     page = report.PAGE.read_text()
     assert report.rewritten(page, harness.RESULTS) == page
     for name in MODULES:

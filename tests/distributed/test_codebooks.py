@@ -301,6 +301,16 @@ def fit(model: nn.Module, parts: list[Tensor], rows: int) -> list[float]:
     return losses
 
 
+# FSDP2 of torch 2.6 asks the CPU for events, which it does not have there
+SHARDS = hasattr(torch.cpu.Stream, "record_event")
+WRAPPERS = [
+    "ddp",
+    pytest.param(
+        "fsdp", marks=pytest.mark.skipif(not SHARDS, reason="torch 2.6 has FSDP2 on GPUs alone")
+    ),
+]
+
+
 def work_wrapped(rank: int, join: Callable[[], None]) -> dict[str, Any]:
     join()
     from torch.distributed.fsdp import fully_shard
@@ -309,7 +319,7 @@ def work_wrapped(rank: int, join: Callable[[], None]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, factory in FACTORIES.items():
         parts = [x.chunk(2)[rank] - 1 for x in data() * 6]
-        for how in ("ddp", "fsdp"):
+        for how in ("ddp", "fsdp") if SHARDS else ("ddp",):
             model = model_of(factory)
             if how == "ddp":
                 model = DistributedDataParallel(model)
@@ -331,7 +341,7 @@ def wrapped(on_processes) -> list[dict[str, Any]]:
     return on_processes(work_wrapped, world_size=2)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", WRAPPERS)
 @pytest.mark.parametrize("name", FACTORIES)
 def test_wrapped_models_train_as_one(wrapped, name, how):
     alone = model_of(FACTORIES[name])

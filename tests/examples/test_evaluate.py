@@ -224,6 +224,29 @@ def test_numbers_are_those_of_the_parts(script, pictures, tokenizers, weights, c
     ]
 
 
+def test_a_tokenizer_of_grey_pictures(script, pictures, weights):
+    from common.rows import centre_crop
+
+    grey = {"image_channels": 1}
+    parts = LinearEncoder(6, 8, **grey), VQ(6, 20), LinearDecoder(6, 8, **grey)
+    model = Tokenizer(*parts).eval()
+    model.save_pretrained("grey")
+    arguments = ["--tokenizer", "grey", "--data", str(pictures), "--size", str(SIDE)]
+    arguments += ["--timm", "test_resnet", "--timm-weights", str(weights), "--probe", str(pictures)]
+    results = script.main([*arguments, "--perturb", "1,3"])
+    files = sorted(pictures.rglob("*.png"))
+    pixels = torch.stack([centre_crop(file, SIDE, 1)[:1] for file in files])
+    red, green, blue = crops(script, pictures).double().unbind(1)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    assert (pixels[:, 0] - luma).abs().max() < 4
+    made = script.to_uint8(model.reconstruct(pixels / 127.5 - 1))
+    each = [psnr(*(x.double() for x in pair), 255.0) for pair in zip(made, pixels, strict=True)]
+    plain, perturbed = results["scores"]
+    assert plain["psnr"] == pytest.approx(torch.stack(each).mean().item(), rel=1e-9)
+    assert perturbed["psnr"] != plain["psnr"]
+    assert results["preprocessing"]["pictures"].endswith("bytes; grey")
+
+
 def test_torch_fidelity_says_the_same(script, small_inception, pictures, tmp_path):
     pixels = crops(script, pictures)
     real = save_folder(pixels, tmp_path / "real")
@@ -370,12 +393,9 @@ def test_classes_of_ones_own_and_of_the_demo(script, pictures, tmp_path):
         script.main(["--tokenizer", "own", *common])
 
 
-def test_what_the_demo_has_trained_on_the_picture_held_out(script, tokenizers):
+def test_the_demos_picture(script, tokenizers):
     pytest.importorskip("skimage")
-    from common.tokenizers import TRAINED
-
-    Tokenizer.from_pretrained(tokenizers / "scales").save_pretrained(TRAINED)
-    results = script.main(["--batch", "64"])
+    results = script.main(["--tokenizer", str(tokenizers / "scales"), "--batch", "64"])
     # the finest scale has 4 x 4 tokens of 8 x 8 pixels
     assert results["size"] == SIDE
     assert results["pictures"] == (1 + (300 - 32) // 16) * (1 + (451 - 32) // 16)

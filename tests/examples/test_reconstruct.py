@@ -74,19 +74,20 @@ def test_scales_grow_with_the_picture(script, picture, tmp_path, capsys):
     assert drawn(Path("runs/reconstruction.png")).shape == (3, 32 + 2 * GAP + 32 + GAP, 82)
 
 
-def test_without_a_tokenizer_it_makes_one(script, capsys):
+def test_without_arguments_it_takes_what_comes_with_xq(script, capsys):
     pytest.importorskip("skimage")
     script.main(["--out", "new/cat.png", "--size", "128"])
     said = capsys.readouterr().out
-    assert "principal components, since no tokenizer was given" in said
-    assert float(said.split(" dB")[0].split()[-1]) > 26
+    assert "at 192 x 128 pixels; tiny, whose weights come with xq" in said
+    assert "3072 indices (16, 24, 8) of 1024 values" in said
+    assert float(said.split(" dB")[0].split()[-1]) > 30
     assert drawn(Path("new/cat.png")).shape[2] == 2 * 192 + 3 * GAP
 
 
-def test_what_the_demo_has_trained_is_taken(script, picture, capsys):
-    tokenizer(VQ(4, 16)).save_pretrained(script.TRAINED)
-    script.main([str(picture)])
-    assert f"; {script.TRAINED}\n" in capsys.readouterr().out
+def test_the_preset_with_weights(script, picture, capsys):
+    for options in ([], ["--preset", "tiny"]):
+        script.main([str(picture), "--size", "30", *options])
+        assert "at 40 x 30 pixels; tiny, whose weights come with xq" in capsys.readouterr().out
 
 
 def test_a_preset_has_random_weights_and_says_so(script, picture, monkeypatch, capsys):
@@ -94,7 +95,7 @@ def test_a_preset_has_random_weights_and_says_so(script, picture, monkeypatch, c
     small = Tokenizer(CNNEncoder(4, **sizes), VQ(4, 16), CNNDecoder(4, **sizes))
     assert {"msvr10p2", "llamagen_vq16", "titok"} <= set(script.PRESETS)
     assert "xqgan_sc" not in script.PRESETS
-    monkeypatch.setattr(script.presets, "llamagen_vq16", lambda: small)
+    monkeypatch.setattr("xq.models.presets.llamagen_vq16", lambda: small)
     script.main([str(picture), "--preset", "llamagen_vq16", "--size", "15"])
     said = capsys.readouterr().out
     assert "llamagen_vq16 with RANDOM WEIGHTS" in said
@@ -104,7 +105,7 @@ def test_a_preset_has_random_weights_and_says_so(script, picture, monkeypatch, c
 def test_an_encoder_of_one_size_gets_it(script, picture, monkeypatch, capsys):
     model = tokenizer(VQ(4, 16))
     model.encoder.image_size = (16, 24)
-    monkeypatch.setattr(script, "load_checkpoint", lambda path: model)
+    monkeypatch.setattr("common.tokenizers.load_checkpoint", lambda path: model)
     script.main([str(picture), "--checkpoint", "released.pt"])
     said = capsys.readouterr().out
     assert "at 24 x 16 pixels; released.pt" in said
@@ -120,15 +121,14 @@ def test_an_encoder_of_one_size_gets_it(script, picture, monkeypatch, capsys):
         (["--checkpoint", "picture.png"], "picture.png"),
     ],
 )
-def test_errors_are_one_line(script, picture, arguments, message, tmp_path):
-    tokenizer(VQ(4, 16)).save_pretrained(script.TRAINED)
+def test_errors_are_one_line(script, picture, arguments, message):
     with pytest.raises(SystemExit, match=message):
         script.main(arguments if "--" not in arguments[0] else [str(picture), *arguments])
     assert not Path("runs/reconstruction.png").exists()
 
 
 def test_a_file_of_something_else(script, picture, monkeypatch):
-    monkeypatch.setattr(script, "load_checkpoint", lambda path: VQ(4, 16))
+    monkeypatch.setattr("common.tokenizers.load_checkpoint", lambda path: VQ(4, 16))
     with pytest.raises(SystemExit, match=r"codes.pt holds a VQ, no tokenizer"):
         script.main([str(picture), "--checkpoint", "codes.pt"])
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from xq.models import AR, VAR, LinearDecoder, LinearEncoder, Tokenizer, fit_pca_
+from xq.models import AR, RAR, VAR, LinearDecoder, LinearEncoder, Tokenizer, fit_pca_
 from xq.quantizers import VQ, ResidualQuantizer, initialize
 from xq.token_store import TokenStore
 
@@ -44,6 +44,7 @@ def folders(tmp_path: Path) -> Path:
     grid, scales = (Tokenizer.from_pretrained(tmp_path / n).quantizer for n in ("grid", "scales"))
     for name, model, quantizer in (
         ("ar", AR.of(grid, 2, **sizes), grid),
+        ("rar", RAR.of(grid, 2, **sizes), grid),
         ("var", VAR.of(scales, **sizes), scales),
     ):
         for parameter in model.parameters():
@@ -55,7 +56,7 @@ def folders(tmp_path: Path) -> Path:
 
 def arguments(folders: Path, kind: str, *more: str) -> list[str]:
     given = ["--generator", str(folders / kind)]
-    tokenizer = folders / {"ar": "grid", "var": "scales"}[kind]
+    tokenizer = folders / ("scales" if kind == "var" else "grid")
     return [*given, "--tokenizer", str(tokenizer), "--out", str(folders / "out" / "a.png"), *more]
 
 
@@ -63,7 +64,7 @@ def pixels(folders: Path) -> np.ndarray:
     return np.array(Image.open(folders / "out" / "a.png"))
 
 
-@pytest.mark.parametrize("kind", ["ar", "var"])
+@pytest.mark.parametrize("kind", ["ar", "rar", "var"])
 def test_a_row_a_class(script, folders, capsys, kind):
     script.main(arguments(folders, kind, "--count", "4", "--batch", "5", "--guidance", "1.5"))
     assert "12 pictures in " in capsys.readouterr().out
@@ -94,6 +95,15 @@ def test_classes_filters_and_pixels(script, folders):
         np.testing.assert_array_equal(drawn, want[i])
 
 
+def test_guidance_that_grows_late(script, folders):
+    """Of a RAR; `power` reaches it."""
+    given = ["--count", "4", "--guidance", "9", "--power"]
+    script.main(arguments(folders, "rar", *given, "0.5"))
+    early = pixels(folders)
+    script.main(arguments(folders, "rar", *given, "99"))
+    assert (pixels(folders) != early).any()
+
+
 def test_what_does_not_fit(script, folders):
     def refused(message: str, *given: str) -> None:
         with pytest.raises(SystemExit, match=message):
@@ -103,6 +113,7 @@ def test_what_does_not_fit(script, folders):
     refused(r"AR has the classes 0\.\.2, .*got labels 1\.\.3", *here, "--classes", "1,3")
     refused("a guidance above 0, got 0", *here, "--guidance", "0")
     refused("top_k to be a positive integer, got 0", *here, "--top-k", "0")
+    refused("in a RAR; the generator is of AR", *here, "--power", "2")
     other = [*here[:3], str(folders / "scales"), *here[4:]]
     refused("generates other tokens: codebook_size is 16 there, 9 here", *other)
     refused("is no folder of a generator", "--generator", str(folders), *here[2:])

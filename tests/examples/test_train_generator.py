@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from xq.models import AR, VAR, LinearDecoder, LinearEncoder, Tokenizer
+from xq.models import AR, RAR, VAR, LinearDecoder, LinearEncoder, Tokenizer
 from xq.quantizers import BSQ, VQ, ProductQuantizer, ResidualQuantizer
 from xq.token_store import TokenStore
 
@@ -73,7 +73,7 @@ def records(out: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("grid", "ar"), ("scales", "ar"), ("scales", "var"), ("scales", "var-bits")],
+    [("grid", "ar"), ("scales", "ar"), ("grid", "rar"), ("scales", "var"), ("scales", "var-bits")],
 )
 def test_learns_what_follows_from_the_class(script, stores, tmp_path, capsys, name, kind):
     given = arguments(stores, name, kind, tmp_path, "--steps", "90", "--lr", "0.01", "--ema", "0.9")
@@ -92,11 +92,28 @@ def test_learns_what_follows_from_the_class(script, stores, tmp_path, capsys, na
     assert losses[90] < 0.5 * even
     assert held_out[90] == loss < 0.5 * held_out[9]
 
-    model = (AR if kind == "ar" else VAR).from_pretrained(tmp_path / "generator")
+    model = {"ar": AR, "rar": RAR}.get(kind, VAR).from_pretrained(tmp_path / "generator")
     labels = torch.arange(CLASSES)
-    made = model.generate(*([] if kind == "ar" else [quantizer]), labels, top_k=1)
+    made = model.generate(*([quantizer] if isinstance(model, VAR) else []), labels, top_k=1)
     want = codes_of_a_class(quantizer, TokenStore(stores / f"{name}.tokens").token_shape)
     assert (made == want).float().mean() > 0.9
+
+
+def test_random_orders_become_raster(script, stores, tmp_path, monkeypatch):
+    """As the paper has it: random up to half of the steps, none from three quarters on."""
+    seen, draw = [], RAR.orders
+
+    def watched(model, *given):
+        seen.append(draw(model, *given))
+        return seen[-1]
+
+    monkeypatch.setattr(RAR, "orders", watched)
+    script.main(arguments(stores, "grid", "rar", tmp_path))
+    raster = [(orders == torch.arange(4)).all(1).float().mean().item() for orders in seen]
+    assert len(raster) == 20
+    assert max(raster[:10]) < 0.5
+    assert 0.2 < sum(raster[11:15]) / 4 < 0.9
+    assert raster[15:] == [1.0] * 5
 
 
 def test_the_average_is_what_is_saved(script, stores, tmp_path):
@@ -186,7 +203,7 @@ def test_killed_and_run_again(script, stores, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(("name", "kind"), [("grid", "ar"), ("scales", "var")])
+@pytest.mark.parametrize(("name", "kind"), [("grid", "ar"), ("grid", "rar"), ("scales", "var")])
 def test_two_processes_learn_the_same(script, stores, tmp_path, name, kind):
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*run, str(SCRIPT), *arguments(stores, name, kind, tmp_path / "two")]

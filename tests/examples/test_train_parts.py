@@ -15,8 +15,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from xq.models import CNNDecoder, Tokenizer, ViTEncoder
-from xq.quantizers import VQ, EMACodebook
+from xq.models import (
+    CNNDecoder,
+    CNNEncoder,
+    LinearDecoder,
+    LinearEncoder,
+    Sum,
+    Tokenizer,
+    ViTEncoder,
+    fit_pca_,
+)
+from xq.quantizers import VQ, EMACodebook, ProductQuantizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # parameters that train, in millions, and the start of the discriminator, of the released models
@@ -61,17 +70,17 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-@pytest.mark.parametrize("name", [*RELEASED, "laptop"])
+@pytest.mark.parametrize("name", [*RELEASED, "laptop", "tiny"])
 def test_shipped_configurations(name):
     from common.config import as_namespace, names, read_config
     from common.parts import DISCRIMINATORS, make_tokenizer
 
-    assert set(names()) == {*RELEASED, "laptop"}
+    assert set(names()) == {*RELEASED, "laptop", "tiny"}
     config = as_namespace(read_config(name, [("model.pretrained", "false")]))
     with torch.device("meta"):
         tokenizer = make_tokenizer(config.model)
-    assert config.discriminator.kind in DISCRIMINATORS
-    if name == "laptop":
+    assert config.discriminator.kind in [*DISCRIMINATORS, ""]
+    if name not in RELEASED:
         return
     size, start = RELEASED[name]
     assert sum(p.numel() for p in tokenizer.parameters()) / 1e6 == pytest.approx(size, abs=0.006)
@@ -164,7 +173,28 @@ def test_no_such_configuration():
         ("--config laptop --data.broken mend", "data.broken is one of stop, skip; got 'mend'"),
         ("--config laptop --save.on_error mend", "save.on_error is one of stop, skip"),
         ("--config laptop --save.last 0", "save.last must be 1 or more"),
-        ("--config laptop --eval.every 0", "eval.every must be 1 or more"),
+        ("--config laptop --eval.every 0", "eval.every must be 1 or more, got 0"),
+        ("--config laptop --eval.pictures 0", "eval.pictures must be 1 or more, got 0"),
+        ("--config laptop --optimizer.clip -1.0", r"optimizer.clip must be 0 or more, got -1\.0"),
+        ("--config laptop --optimizer.betas [0.9]", r"two numbers in \[0, 1\), got \[0\.9\]"),
+        ("--config laptop --data.channels 2", "data.channels is 1 or 3, got 2"),
+        ("--config laptop --model.compile me", "a backend such as .*inductor.*; got 'me'"),
+        ("--config laptop --model.pretrained true", "model.pretrained is for a model.preset"),
+        ("--config laptop --data.channels 1", "grey pictures of 64 x 64 .* CNNEncoder expects"),
+        ("--config laptop --data.size 48", "colour pictures of 48 x 48 .* has scales up to 8 x 8"),
+        (
+            "--config laptop --data.channels 1 --model.tokenizer.encoder.image_channels 1",
+            r"the decoder makes pictures of shape \(3, 64, 64\)",
+        ),
+        (
+            # which is not asked for long
+            "--config laptop --discriminator.kind stylegan "
+            "--discriminator.arguments {image_size=128,max_channels=8}",
+            "StyleGANDiscriminator was built for images of 128 x 128",
+        ),
+        ("--config laptop --model.start_batches 0", "model.start_batches must be 1 or more"),
+        ("--config laptop --model.pca true", 'needs a Sum with a part "linear" .* got CNNEncoder'),
+        ("--config laptop --data.zoom 0.9", "data.zoom must be 1 or more, got 0.9"),
         ("--config laptop --optimizer.ema 1.0", r"optimizer.ema is a decay in \[0, 1\), got 1.0"),
         ("--config laptop --data.per_class 1 --data.batch 1 --run.epochs 0", "are no step"),
     ],
@@ -186,6 +216,93 @@ def test_dropout_needs_scales():
     run: Any = SimpleNamespace(config=SimpleNamespace(dropout=SimpleNamespace(p=0.1, minimum=1)))
     with pytest.raises(ValueError, match=r"dropout\.p needs a quantizer with several steps"):
         Run._dropout(run, SimpleNamespace(quantizer=VQ(4, 8)))
+
+
+def test_nothing_is_downloaded_that_another_file_replaces(monkeypatch):
+    from common import parts
+    from common.config import as_namespace, read_config
+
+    asked: list[dict[str, Any]] = []
+
+    def vq(**arguments: Any) -> Any:
+        asked.append(arguments)
+        return SimpleNamespace(encoder=nn.Identity(), decoder=nn.Identity())
+
+    monkeypatch.setattr(parts.presets, "vq", vq)
+    for name in ("_loaded", "_load_backbones_"):
+        monkeypatch.setattr(parts, name, lambda tokenizer, path: tokenizer)
+    for changes in ([], [("model.init", "x")], [("model.weights", "x")]):
+        given = [("model.preset", "vq"), ("model.pretrained", "true"), *changes]
+        parts.make_tokenizer(as_namespace(read_config(None, given)).model)
+    assert asked == [{"pretrained": True}, {}, {}]
+
+
+def test_transformers_recompute_where_asked():
+    from common.config import as_namespace, read_config
+    from common.parts import make_tokenizer
+
+    # a transformer of its own, and one within encoder and decoder
+    for preset in ("msvr10p2", "vit_vqgan"):
+        for asked in (False, True):
+            changes = [("model.preset", preset), ("model.checkpointing", str(asked).lower())]
+            with torch.device("meta"):
+                tokenizer = make_tokenizer(as_namespace(read_config(None, changes)).model)
+            for part in (tokenizer.encoder, tokenizer.decoder):
+                parts = [m for m in part.modules() if hasattr(m, "checkpointing")]
+                assert parts
+                assert all(m.checkpointing is asked for m in parts), preset
+
+
+class Brightness(nn.Module):
+    """A judge of how bright pictures are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.weight * images.mean((1, 2, 3))
+
+
+def test_what_the_discriminator_adds():
+    from common.config import as_namespace, read_config
+    from common.objective import Judge, Objective
+
+    from xq.losses import LeCam, adaptive_weight
+    from xq.quantizers.base import Losses
+
+    config = as_namespace(read_config(None, [("discriminator.augment", "0.0")]))
+    settings = config.discriminator
+    settings.ramp, settings.lecam = 4, 0.5
+    judge, layer = Judge(Brightness()), nn.Parameter(torch.tensor(0.5))
+    images, base = torch.rand(2, 4, 3, 8, 8) - 0.5
+    nothing = Losses(*[torch.zeros(())] * len(Losses._fields))
+    found = {}
+    for settings.adaptive in (True, False):
+        objective = Objective(config, None, judge, 10)
+        for step in (9, 10, 12, 14):
+            made = base * layer
+            total, terms = objective.of_tokenizer(images, made, nothing, {}, layer, step)
+            found[settings.adaptive, step] = terms["adversarial"].item()
+            rest = total - 0.5 * terms["adversarial"] - terms["reconstruction"]
+            assert abs(rest.item()) < 1e-6
+    error, score = (base * layer - images).square().mean(), -0.3 * (base * layer).mean()
+    weight = adaptive_weight(error, score, layer).item()
+    assert weight > 2
+    for step, share in ((9, 0), (10, 0.2), (12, 0.6), (14, 1)):
+        assert found[False, step] == pytest.approx(share * score.item())
+        assert found[True, step] == pytest.approx(share * weight * score.item(), rel=1e-5)
+    # it judges, and learns nothing of it
+    assert judge.discriminator.weight.grad is None
+    assert judge.discriminator.weight.requires_grad
+    objective = Objective(config, None, judge, 10)
+    loss, terms = objective.of_discriminator(judge, images, base)
+    real, fake = judge(images, base)
+    hinge = ((1 - real).relu().mean() + (1 + fake).relu().mean()) / 2
+    penalty = LeCam()(real, fake)
+    assert penalty > 0
+    torch.testing.assert_close(terms["lecam"], penalty.detach())
+    torch.testing.assert_close(loss, hinge + 0.5 * penalty)
 
 
 def test_what_decays():
@@ -289,6 +406,31 @@ def test_the_middle_and_a_random_crop():
     assert 10 < (slopes < 0).sum() < 30
     again = read_crop(png(ramp), "x", 60, 3, np.random.default_rng(3), True)
     assert torch.equal(again, draws[3])
+    far = [read_crop(png(ramp), "x", 20, 3, np.random.default_rng(i), zoom=3.0) for i in range(40)]
+    slopes = torch.stack([(d[0, 0, -1] - d[0, 0, 0]) * 127.5 / 19 for d in far])
+    # a column is three of the picture, or one
+    assert slopes.max() > 2.8
+    assert 0.9 < slopes.min() < 1.1
+
+
+def test_linear_parts_start_at_principal_components():
+    from common.parts import start_at_pca_
+
+    images = torch.randn(4, 3, 16, 16).cumsum(-1).cumsum(-2) / 10
+    sizes = {"channels": 4, "multipliers": (1, 2), "blocks": 1, "z_channels": 4, "patch": 2}
+    tokenizer = Tokenizer(
+        Sum(linear=LinearEncoder(6, 4), cnn=CNNEncoder(6, **sizes)),
+        ProductQuantizer(VQ(3, 8), P=2),
+        Sum(linear=LinearDecoder(6, 4), cnn=CNNDecoder(6, **sizes)),
+    )
+    start_at_pca_(tokenizer, images)
+    forth, back = LinearEncoder(6, 4), LinearDecoder(6, 4)
+    fit_pca_(forth, back, images)
+    with torch.no_grad():
+        z, expected = tokenizer.encoder(images), forth(images)
+        # each branch of the product has large ones and small ones
+        torch.testing.assert_close(z, expected[..., [0, 2, 4, 1, 3, 5]])
+        torch.testing.assert_close(tokenizer.decoder(z), back(expected))
 
 
 def test_grey_and_sixteen_bits():
@@ -318,7 +460,7 @@ def greys(batch: torch.Tensor) -> list[int]:
 
 def settings(**changed: Any) -> SimpleNamespace:
     given = {"size": 8, "channels": 3, "batch": 8, "accumulate": 2, "flip": True, "window": 2}
-    return SimpleNamespace(**given | {"workers": 0, "broken": "stop"} | changed)
+    return SimpleNamespace(**given | {"workers": 0, "broken": "stop", "zoom": 1.25} | changed)
 
 
 def test_shards_are_read_at_any_place(shards, tmp_path):
@@ -380,6 +522,35 @@ def test_bad_sources(tmp_path, shards):
         shard.addfile(member, io.BytesIO(b"abc"))
     with pytest.raises(ValueError, match=r"per_class needs classes: a folder each, or \.cls"):
         chosen(find_source(str(tmp_path / "plain.tar")), 1, 0)
+
+
+def test_a_file_is_what_it_was_until_it_is_whole(tmp_path, monkeypatch):
+    from common import checkpoints
+
+    path, events = tmp_path / "file", []
+    path.write_bytes(b"before")
+    replace = Path.replace
+    monkeypatch.setattr(checkpoints.os, "fsync", lambda _: events.append("synced"))
+    monkeypatch.setattr(
+        Path, "replace", lambda one, other: (events.append("renamed"), replace(one, other))
+    )
+
+    def half(file: Any) -> None:
+        file.write(b"af")
+        file.flush()
+        events.append(path.read_bytes())
+
+    def full(file: Any) -> None:
+        half(file)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"file cannot be written .*No space left"):
+        checkpoints.write_whole(path, full)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"before"
+    checkpoints.write_whole(path, half)
+    assert path.read_bytes() == b"af"
+    assert events == [b"before", b"before", "synced", "renamed", "synced"]
 
 
 def test_a_damaged_checkpoint_names_the_one_before(tmp_path):

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from xq.losses.trunks import Trunk
 from xq.models import CNNDecoder, CNNEncoder, Tokenizer
+from xq.models.checkpoints import formats
 from xq.models.checkpoints.llamagen import FORMAT
 from xq.quantizers import VQ
 
@@ -166,6 +167,13 @@ def as_option(name: str, value: Any) -> str:
     return f"--{name} {toml(value)}"
 
 
+def beside(end: str) -> dict[str, Any]:
+    """A CNN beside a linear path, the encoder or the decoder."""
+    sizes = {"channels": 8, "multipliers": [1], "blocks": 1, "z_channels": 8, "patch": 4}
+    cnn = {"class": f"CNN{end}", "dim": 8, "attention": False, **sizes}
+    return {"class": "Sum", "linear": {"class": f"Linear{end}", "dim": 8, "patch": 4}, "cnn": cnn}
+
+
 def vit(quantizer: dict[str, Any], branches: int = 1) -> list[str]:
     """Options for a tokenizer of small transformers."""
     encoder = {"class": "ViTEncoder", **VIT, "branches": branches}
@@ -205,11 +213,13 @@ def test_writes_everything(train):
 def test_nothing_of_the_discriminator_is_computed_before_its_start(train, monkeypatch):
     from common.objective import Judge, LeCam
 
+    # but for two plain pictures that are tried beforehand
     calls = []
     before = Judge.forward
 
     def forward(self: Any, *images: Any) -> Any:
-        calls.append(len(images))
+        if images[0].any():
+            calls.append(len(images))
         return before(self, *images)
 
     monkeypatch.setattr(Judge, "forward", forward)
@@ -243,6 +253,12 @@ OPTIONS = {
         *("--dropout.p 0.5", "--dropout.minimum 1", "--loss.pixels l1", "--data.accumulate 2"),
         "--model.kmeans true",
     ],
+    "principal components, k-means of two batches": [
+        as_option("model.tokenizer.encoder", beside("Encoder")),
+        as_option("model.tokenizer.decoder", beside("Decoder")),
+        *("--model.pca true", "--model.kmeans true", "--model.start_batches 2"),
+        *("--discriminator.adaptive false", "--data.zoom 1.1"),
+    ],
     "workers, a class each, other decay": [
         *("--data.workers 1", "--data.per_class 6", "--optimizer.weight_decay 0.1"),
         "--data.flip false",
@@ -250,10 +266,18 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain_losses() -> list[Any]:
+    """Those of three steps without options, once they are known."""
+    return []
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_options(train, options):
+def test_options(train, options, plain_losses):
+    plain_losses[:] = plain_losses or train("--steps 3", out="plain").losses
     done = train("--steps 3", *options)
     assert len(done.losses) == 3
+    assert done.losses != plain_losses
     assert all(np.isfinite(list(loss.values())).all() for loss in done.losses)
     assert done.held_out[-1]["psnr"] > 5
 
@@ -308,8 +332,18 @@ def test_lora_and_frozen_backbones(train, weights):
     assert torch.equal(after[f"decoder.{key}.weight"], given["blocks.0.mlp.fc1.weight"])
     assert not torch.equal(after["encoder.backbone.norm.weight"], given["norm.weight"])
     # saved as plain weights, updates included
-    saved = Tokenizer.from_pretrained(done.out / "tokenizer").state_dict()
+    trained = Tokenizer.from_pretrained(done.out / "tokenizer")
+    saved = trained.state_dict()
     assert not torch.equal(saved[f"encoder.{key}.weight"], given["blocks.0.mlp.fc1.weight"])
+    # from a released file likewise
+    torch.save({"model": formats()["xqgan"].write(trained)}, done.out / "released.pt")
+    tuned = train(*vit({"class": "VQ", "dim": 8, "codebook_size": 16}), "--model.encoder lora",
+                  f"--init {done.out / 'released.pt'}", "--model.decoder frozen", "--steps 1",
+                  "--discriminator.kind ", out="tuned")  # fmt: skip
+    after = state(tuned.out)["tokenizer"]
+    for name, there in (("encoder", ".base_layer"), ("decoder", "")):
+        assert torch.equal(after[f"{name}.{key}{there}.weight"], saved[f"{name}.{key}.weight"])
+    assert after[f"encoder.{key}.lora_B.default.weight"].abs().max() > 0
     # and goes on
     again = train(*options, "--model.encoder lora", "--model.decoder frozen", "--model.lora_rank 2",
                   "--steps 3")  # fmt: skip
@@ -374,7 +408,9 @@ def test_starts_from_a_released_file(train, tmp_path):
     given = Tokenizer(CNNEncoder(8, **small), VQ(8, 16, normalize=True), CNNDecoder(8, **small))
     state_there = FORMAT.table({}).revert(given.state_dict())
     torch.save({"model": state_there}, tmp_path / "vq.pt")
+    # whose codes are kept
     options = [f"--init {tmp_path / 'vq.pt'}", "--steps 1", "--optimizer.lr 0.0"]
+    options.append("--model.kmeans true")
     done = train("--model.tokenizer {}", *options, "--optimizer.warmup_lr 0.0")
     after = state(done.out)["tokenizer"]
     assert all(torch.equal(after[name], value) for name, value in given.state_dict().items())
@@ -412,6 +448,18 @@ def test_goes_on_after_a_kill_as_if_there_had_been_none(train, tiny, tmp_path):
     one, other = state(whole.out), state(resumed.out)
     for part in ("tokenizer", "average", "judge", "lecam"):
         assert all(torch.equal(one[part][k], other[part][k]) for k in one[part])
+
+
+def test_micro_batches_are_one_batch(train):
+    options = ["--steps 3", "--data.batch 8", "--discriminator.kind "]
+    one, four = (train(*options, f"--data.accumulate {n}", out=str(n)) for n in (1, 4))
+    for alone, joint in zip(one.losses, four.losses, strict=True):
+        assert joint == pytest.approx(alone, abs=1e-4)
+    alone, joint = (state(done.out)["tokenizer"] for done in (one, four))
+    codes = [key for key in alone if "codebook" in key]
+    assert any(key.endswith("step") for key in codes)
+    for key in codes:
+        torch.testing.assert_close(joint[key], alone[key], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.distributed
@@ -460,7 +508,9 @@ def test_a_full_disk_destroys_nothing(train, tmp_path, monkeypatch, capsys, on_e
     monkeypatch.setattr(common.checkpoints.torch, "save", write)
     options = ["--steps 6", f"--save.on_error {on_error}", "--eval.every 100", "--save.last 1"]
     if on_error == "stop":
-        message = r"step-00000004\.pt cannot be written .*No space left on device.*goes on from"
+        message = (
+            r"step-00000004\.pt cannot be written .*No space left on device.*goes on from step 2$"
+        )
         with pytest.raises(SystemExit, match=message):
             train(*options)
         kept = ["step-00000002.pt"]
@@ -480,9 +530,22 @@ def test_a_broken_picture(train, tiny, tmp_path, capsys):
     shutil.copytree(tiny.parent / "pictures", pictures)
     broken = pictures / "cats" / "03.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"03\.png cannot be read.*--data\.broken skip"):
-        train(f"--data {pictures}", "--steps 8")
-    done = train(f"--data {pictures}", "--data.broken skip", "--steps 6", out="skip")
+    # in a process that loads for others as well; one line
+    options = [f"--data {pictures}", "--steps 8", "--save.every 8"]
+    for workers in (0, 1):
+        with pytest.raises(
+            SystemExit, match=r"^step \d: [^\n]*03\.png cannot be read.*starts anew$"
+        ):
+            train(*options, f"--data.workers {workers}")
+    options = [f"--data {pictures}", f"--val {pictures}", "--data.broken skip", "--steps 6"]
+    done = train(*options, out="skip")
     assert len(done.losses) == 6
-    assert "03.png" in (done.out / "skipped.txt").read_text()
-    assert "skipped: " in capsys.readouterr().err
+    # once in an epoch, and in each of two evaluations
+    assert (done.out / "skipped.txt").read_text().count("03.png") == 3
+    assert capsys.readouterr().err.count("skipped: ") == 3
+
+
+def test_weights_that_are_not_finite_are_not_kept(train, tmp_path):
+    with pytest.raises(SystemExit, match=r"^step 2: not all is finite: .*nan.*optimizer\.lr"):
+        train("--optimizer.lr 1e30", "--log.every 100", "--discriminator.kind ")
+    assert not (tmp_path / "out" / "checkpoints").exists()

@@ -8,9 +8,10 @@ from naive_llama import logits as naive_logits
 from torch.utils.flop_counter import FlopCounterMode
 
 from xq.models import AR, LinearDecoder, LinearEncoder, Tokenizer, ar_b, ar_l, ar_xl, ar_xxl
-from xq.models.ar import ARBlock
+from xq.models.ar_blocks import ARBlock
+from xq.models.cache import Cache
 from xq.models.checkpoints.llamagen_generator import FORMAT
-from xq.models.next_token import Cache
+from xq.models.sampling import draw
 from xq.quantizers import BSQ, FSQ, VQ, ProductQuantizer, Projected, Pyramid, ResidualQuantizer
 
 CODES, CLASSES = 11, 5
@@ -177,6 +178,17 @@ def test_sampling_with_a_cache_equals_recomputation(kind, guidance):
     expected = recomputed(model, labels, guidance, lambda logits: logits.argmax(-1))
     assert len(expected.unique()) > 3
     assert torch.equal(in_a_row(model, best), expected)
+
+
+@torch.no_grad()
+def test_sampling_with_a_cache_equals_recomputation_at_256_tokens():
+    model, labels = small(tokens=16, depth=1), torch.tensor([2, 0])
+    one, two = (torch.Generator().manual_seed(7) for _ in range(2))
+    options = {"top_k": 8, "top_p": 0.96}
+    made = model.generate(labels, guidance=2.0, generator=one, **options)
+    expected = recomputed(model, labels, 2.0, lambda x: draw(x, generator=two, **options))
+    assert made.shape == (2, 16, 16)
+    assert torch.equal(made.flatten(1), expected)
 
 
 def test_guidance_changes_what_is_made():

@@ -41,6 +41,7 @@ def parameters(module: torch.nn.Module) -> int:
         pytest.param({"channels": 48}, (1, 3, 4, 4), (2, 2), id="48-channels"),
         pytest.param({"blocks": 3}, (1, 3, 4, 4), (2, 2), id="3-blocks"),
         pytest.param({"quant_kernel": 3}, (1, 3, 4, 6), (2, 3), id="quant-kernel-3"),
+        pytest.param({"attention": False}, (1, 3, 4, 6), (2, 3), id="no-attention"),
     ],
 )
 def test_shapes(sizes, image, grid):
@@ -90,13 +91,25 @@ def test_meta_module_takes_a_state_dict():
 
 @pytest.mark.parametrize("cls", [CNNEncoder, CNNDecoder])
 def test_config_round_trip(cls):
-    sizes = {"blocks": 3, "z_channels": 7, "patch": 2, "quant_kernel": 3}
+    sizes = {"blocks": 3, "z_channels": 7, "patch": 2, "quant_kernel": 3, "attention": False}
     module = cls(5, channels=8, multipliers=(1, 3), **sizes)
     config = module.config()
     again = cls(**json.loads(json.dumps(config)))
     assert again.config() == config
     assert shapes(again) == shapes(module)
     assert again.stride == module.stride == 4
+
+
+@pytest.mark.parametrize("cls", [CNNEncoder, CNNDecoder])
+def test_without_attention_there_is_none(cls):
+    def attentions(module: torch.nn.Module) -> int:
+        return sum(isinstance(part, AttentionBlock) for part in module.modules())
+
+    module = cls(5, **SMALL, attention=False)
+    assert attentions(cls(5, **SMALL)) > 0
+    assert attentions(module) == 0
+    # all else has the same names
+    assert shapes(module).items() <= shapes(cls(5, **SMALL)).items()
 
 
 @pytest.mark.parametrize("cls", [CNNEncoder, CNNDecoder])

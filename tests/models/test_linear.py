@@ -187,6 +187,12 @@ def test_sum_starts_at_its_linear_part():
     assert torch.equal(Sum(straight, refined)(tokens), straight(tokens))
 
 
+def test_the_stride_of_a_sum():
+    encoder = Sum(nn.Identity(), LinearEncoder(5, 4), CNNEncoder(5, **SMALL, patch=2))
+    assert encoder.stride == 4
+    assert not hasattr(Sum(nn.Identity()), "stride")
+
+
 def test_sum_names_its_parts():
     linear, cnn = LinearEncoder(5, 4), CNNEncoder(5, **SMALL, patch=2)
     assert list(Sum(linear, cnn).parts) == ["0", "1"]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xq.models import next_scale_input, teacher_forcing
+from xq.models.next_scale import pyramid_within
 from xq.quantizers import (
     BSQ,
     VQ,
@@ -149,6 +150,11 @@ def test_bad_input(name: str) -> None:
     for call in (teacher_forcing, next_scale_input):
         with pytest.raises(ValueError, match=message):
             call(quantizer, torch.zeros(shape, dtype=torch.int64))
+
+
+def test_no_quantizer() -> None:
+    with pytest.raises(ValueError, match=r"teacher_forcing needs a quantizer, got Linear; of a to"):
+        pyramid_within("teacher_forcing", torch.nn.Linear(1, 1))
 
 
 def test_sums_that_do_not_fit() -> None:

@@ -235,11 +235,14 @@ def test_tokens_of_a_pyramid():
 @pytest.mark.parametrize(
     ("order", "message"),
     [
-        (torch.zeros(3, 11).long(), r"RAR needs an order as \(3, 12\) integers and all 12 tokens"),
+        (torch.zeros(3, 11).long(), r"RAR needs an order as \(3, 12\) int64 numbers and all 12 t"),
         (torch.zeros(3, 12), r"got torch.float32 of shape \(3, 12\) and 12 tokens; RAR.orders"),
         (torch.zeros(12).long(), r"got torch.int64 of shape \(12,\)"),
+        (torch.zeros(3, 12).bool(), r"got torch.bool of shape \(3, 12\)"),
+        (torch.zeros(3, 12).long(), r"RAR needs an order with each of 0..11 once"),
+        (torch.arange(1, 13).expand(3, -1), r"each of 0..11 once; RAR.orders makes them"),
     ],
-    ids=["short", "float", "flat"],
+    ids=["short", "float", "flat", "bool", "repeated", "out of range"],
 )
 def test_other_orders_are_refused(order, message):
     model = small()
@@ -262,7 +265,9 @@ def test_an_order_needs_all_tokens():
         (lambda m: m(tokens_of(m, 2), LABELS), r"RAR got tokens of 2 images and 3 labels"),
         (lambda m: m.generate(LABELS - 2), r"RAR has the classes 0..4, .* got labels -2..2"),
         (lambda m: m.generate(LABELS[0]), r"RAR expects labels as one class id an image"),
-        (lambda m: m.generate(LABELS, guidance=-1.0), r"RAR needs a guidance above 0"),
+        (lambda m: m.generate(LABELS, guidance=-1.0), r"RAR needs a guidance above 0, got -1.0"),
+        (lambda m: m.generate(LABELS, guidance=0.0), r"RAR needs a guidance above 0, got 0.0"),
+        (lambda m: m.generate(LABELS, top_k=0), r"RAR needs top_k to be a positive integer, got 0"),
         (lambda m: m.generate(LABELS, power=0.0), r"growing_guidance needs a power above 0, got 0"),
         (lambda m: m.orders(2, 1.5), r"RAR.orders needs a share in 0..1, got 1.5"),
         (lambda _: random_share(0, 5, 4), r"random_share needs start <= end, got 5 and 4"),

@@ -92,8 +92,10 @@ def test_no_hopeless_code_wins():
     assert (draw(logits) == 7).all()
 
 
-def test_noise_of_zero_is_bounded(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator=None: self.zero_())
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_noise_is_bounded(monkeypatch, noise):
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, generator=None: self.fill_(noise))
+    assert draw(torch.tensor([-torch.inf, 0.0])) == 1
     assert draw(torch.tensor([-60.0, 0.0])) == 1
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from xq.config import build, describe
 from xq.models import VAR, next_scale_input, teacher_forcing
 from xq.models.sampling import draw, guided
+from xq.models.var_blocks import BlockCache
 from xq.quantizers import (
     BSQ,
     FSQ,
@@ -192,6 +193,19 @@ def test_a_place_is_seen_by_its_own_scale_and_finer_ones():
         assert (moved[ends[k] :] > 0).all()
 
 
+@pytest.mark.parametrize("tree", ["product", "nested"])
+def test_tokens_of_a_scale_move_finer_ones_alone(tree):
+    quantizer, model = made(tree)
+    tokens, labels = random_tokens(quantizer, 2), torch.tensor([1, -1])
+    before = model(teacher_forcing(quantizer, tokens), labels)
+    for start, end in zip((0, *model.ends), model.ends, strict=False):
+        changed = tokens.clone()
+        changed[:, start:end] = (tokens[:, start:end] + 1) % quantizer.codebook_size
+        after = model(teacher_forcing(quantizer, changed), labels)
+        assert torch.equal(before[:, :end], after[:, :end])
+        assert (before != after)[:, end:].flatten(2).any(2).all()
+
+
 def recomputed(quantizer, model, labels, guidance, **options):
     """What `generate` is to draw: each scale from a forward pass over all before."""
     tree = quantizer.quantizer if isinstance(quantizer, ChannelFirst) else quantizer
@@ -222,6 +236,39 @@ def test_generation_equals_recomputation(tree, head, guidance):
         want = recomputed(quantizer, model, labels, guidance, generator=seeds[1], **options)
         assert torch.equal(got, want)
         assert torch.equal(seeds[0].get_state(), seeds[1].get_state())
+
+
+@torch.no_grad()
+def test_generation_equals_recomputation_at_680_tokens():
+    quantizer = ResidualQuantizer(VQ(4, 32), multiscale=published_scales(10))
+    model = lively(VAR.of(quantizer, **SMALL)).eval()
+    labels, options = torch.tensor([3, 0]), {"top_k": 20, "top_p": 0.96}
+    seeds = [torch.Generator().manual_seed(5) for _ in range(2)]
+    got = model.generate(quantizer, labels, guidance=2.0, generator=seeds[0], **options)
+    assert got.shape == (2, 680)
+    assert torch.equal(
+        got, recomputed(quantizer, model, labels, 2.0, generator=seeds[1], **options)
+    )
+
+
+def test_sampling_keeps_one_room_and_one_modulation(monkeypatch):
+    quantizer, model = made("pyramid")
+    rooms, lengths, extend = set(), [], BlockCache.extend
+    modulated = []
+
+    def watched(cache, k, v):
+        found = extend(cache, k, v)
+        rooms.add(cache._room.data_ptr())
+        lengths.append(found[0].shape[2])
+        assert cache.length == model.num_tokens
+        return found
+
+    monkeypatch.setattr(BlockCache, "extend", watched)
+    for block in model.blocks:
+        block.modulation.register_forward_hook(lambda *_: modulated.append(1))
+    model.generate(quantizer, torch.tensor([1, 2]), guidance=2.0)
+    assert len(rooms) == len(modulated) == model.depth
+    assert lengths == [end for end in model.ends for _ in model.blocks]
 
 
 def test_seeds_and_the_mode():
@@ -464,8 +511,8 @@ def test_bad_arguments(options, message):
 @pytest.mark.parametrize(
     ("quantizer", "head", "message"),
     [
-        (VQ(4, 8), "codes", "VAR needs a quantizer whose steps are scales.* got VQ .*; AR gener"),
-        (ResidualQuantizer(VQ(4, 8), 3), "codes", "steps are scales.*; AR generates the tokens of"),
+        (VQ(4, 8), "codes", "VAR needs a quantizer whose steps are scales.* got VQ .*; an AR tak"),
+        (ResidualQuantizer(VQ(4, 8), 3), "codes", "steps are scales.*; an AR takes the tokens"),
         (ResidualQuantizer(VQ(4, 8), multiscale=(4,)), "codes", "two scales or more.*AR generates"),
         (torch.nn.Linear(2, 2), "codes", "got Linear; of a tokenizer, pass its .quantizer"),
         (ResidualQuantizer(VQ(4, 8), multiscale=(1, 2)), "bits", "the bits of a VQ index mean not"),
@@ -510,7 +557,6 @@ LABELS = [
     (torch.tensor([True]), r"got torch.bool of shape \(1,\)"),
     (torch.tensor(1), r"got torch.int64 of shape \(\)"),
     (torch.tensor([[1]]), r"got torch.int64 of shape \(1, 1\)"),
-    (torch.empty(0, dtype=torch.long), "an empty batch; it needs one label or more"),
 ]
 
 
@@ -522,6 +568,15 @@ def test_bad_labels(labels, message):
         model(inputs, labels)
     with pytest.raises(ValueError, match=message):
         model.generate(quantizer, labels)
+
+
+def test_an_empty_batch():
+    quantizer, model = made("product")
+    none = torch.empty(0, dtype=torch.long)
+    for guidance in (1.0, 2.0):
+        drawn = model.generate(quantizer, none, guidance=guidance, top_p=0.5)
+        assert drawn.shape == (0, 25, 3)
+    assert model(teacher_forcing(quantizer, drawn), none).shape == (0, 25, 3, 11)
 
 
 def test_labels_of_any_width():

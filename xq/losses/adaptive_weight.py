@@ -43,6 +43,12 @@ def adaptive_weight(
     Raises:
         ValueError: If `last_layer` is not one weight that learns, or a loss is no scalar with a
             gradient by it.
+
+    Examples:
+        >>> layer, x = nn.Linear(4, 4), torch.randn(8, 4)
+        >>> reconstruction, adversarial = l2(layer(x), x), -layer(x).mean()
+        >>> weight = adaptive_weight(reconstruction, adversarial, layer.weight)
+        >>> loss = reconstruction + 0.5 * weight * adversarial
     """
     losses = {"reconstruction_loss": reconstruction_loss, "adversarial_loss": adversarial_loss}
     _check(losses, last_layer)

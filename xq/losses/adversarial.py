@@ -91,6 +91,10 @@ class DiscriminatorLoss(_OfAKind):
 
     Raises:
         ValueError: If `kind` is unknown.
+
+    Examples:
+        >>> DiscriminatorLoss("hinge")(torch.tensor([2.0, 0.5]), torch.tensor([-2.0, -2.0]))
+        tensor(0.1250)
     """
 
     def forward(
@@ -107,6 +111,10 @@ class GeneratorLoss(_OfAKind):
 
     Raises:
         ValueError: If `kind` is unknown.
+
+    Examples:
+        >>> GeneratorLoss("hinge")(torch.tensor([2.0, 0.5]))
+        tensor(-1.2500)
     """
 
     def forward(self, fake: Shaped[Tensor, "..."]) -> Float[Tensor, ""]:

@@ -46,6 +46,13 @@ class FeatureAlignment(Float32):
 
     Raises:
         ValueError: If `level` or `dim` is neither of these.
+
+    Examples:
+        >>> import timm
+        >>> teacher = TimmTeacher(timm.create_model("test_vit"))  # or "vit_base_patch14_dinov2"
+        >>> semantic, quantizer = FeatureAlignment(teacher, dim=8), ProductQuantizer(BSQ(8), P=2)
+        >>> z = quantizer(torch.randn(4, 4, 4, 16)).z
+        >>> loss = semantic(torch.rand(4, 3, 64, 64) * 2 - 1, quantizer.split(z)[-1])
     """
 
     def __init__(

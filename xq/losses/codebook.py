@@ -36,6 +36,10 @@ def codebook_loss(
 
     Raises:
         ValueError: If shapes differ, or numbers are no floats.
+
+    Examples:
+        >>> u, codes = torch.randn(8, 4), torch.randn(16, 4)
+        >>> loss = codebook_loss(u, codes[nearest(u, codes)])
     """
     if u.shape != z.shape or not (u.is_floating_point() and z.is_floating_point()):
         raise ValueError(
@@ -116,6 +120,10 @@ def entropy_loss(
 
     Raises:
         ValueError: If `logits` are no floats, or have no axis of codes.
+
+    Examples:
+        >>> u, codes = torch.randn(8, 4), torch.randn(16, 4)
+        >>> loss = entropy_loss(-torch.cdist(u, codes).square() / 0.1)
     """
     if not logits.is_floating_point() or logits.ndim == 0:
         raise ValueError(

@@ -53,14 +53,6 @@ def composite(terms: Mapping[str, Any], weights: Mapping[str, Any]) -> Composite
 class Composite(nn.Module):
     """`composite` with its weights, which are named as the terms will be.
 
-        loss = Composite(reconstruction=1.0, perceptual=1.0, codebook=1.0, adversarial=0.5)
-        total, terms = loss(
-            reconstruction=l2(image, target),
-            perceptual=lpips(image, target),
-            codebook=losses.total(),
-            adversarial=0.0,
-        )
-
     A weight that changes in training is a factor of its term, or is set anew:
     `loss.weights["adversarial"] = 0.1`.
 
@@ -69,6 +61,13 @@ class Composite(nn.Module):
 
     Raises:
         ValueError: If there is none, or one is not finite.
+
+    Examples:
+        >>> loss = Composite(reconstruction=1.0, quantizer=1.0, adversarial=0.5)
+        >>> pixels, losses = torch.tensor(0.5), torch.tensor(0.25)
+        >>> total, terms = loss(reconstruction=pixels, quantizer=losses, adversarial=0.0)
+        >>> total, sorted(terms)
+        (tensor(0.7500), ['adversarial', 'quantizer', 'reconstruction'])
     """
 
     def __init__(self, **weights: Any) -> None:

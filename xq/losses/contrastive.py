@@ -74,7 +74,13 @@ def cosine_loss(
 ) -> Float[Tensor, ""]:
     """One minus the cosine between teacher and student, the mean over positions and kept images.
 
-    The arguments are those of `contrastive_loss`; processes may have batches of different sizes.
+    Compares as `contrastive_loss` does; processes may have batches of different sizes.
+
+    Args:
+        teacher: As there.
+        student: As there.
+        keep: As there.
+        process_group: As there.
     """
     _check_features("cosine_loss", teacher, student, keep)
     with float32_island(teacher.device.type):
@@ -101,6 +107,10 @@ class ContrastiveLoss(Float32):
 
     Raises:
         ValueError: If the temperature is not positive.
+
+    Examples:
+        >>> contrast = ContrastiveLoss(0.07, learned=True)
+        >>> loss = contrast(torch.randn(8, 32), torch.randn(8, 32))
     """
 
     # the teacher is brought to the student's channels, as the paper does

@@ -35,6 +35,11 @@ class DiffAug(nn.Module):
 
     Raises:
         ValueError: If an argument lies outside [0, 1].
+
+    Examples:
+        >>> augment = DiffAug(cutout=0.5, generator=torch.Generator().manual_seed(0))
+        >>> augment(torch.rand(4, 3, 32, 32) * 2 - 1).shape
+        torch.Size([4, 3, 32, 32])
     """
 
     def __init__(

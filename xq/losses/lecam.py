@@ -21,6 +21,12 @@ def lecam(
 
     Squared, and of one side alone as in the authors' code: real logits above the mean of the
     generated, generated ones below the mean of the real.
+
+    Args:
+        real: Logits of real images.
+        fake: Logits of generated images.
+        real_mean: Running mean of the logits of real images.
+        fake_mean: Running mean of those of generated images.
     """
     above, below = F.relu(real - fake_mean), F.relu(real_mean - fake)
     return above.square().mean() + below.square().mean()
@@ -39,6 +45,11 @@ class LeCam(Float32):
 
     Raises:
         ValueError: If `decay` lies outside its range.
+
+    Examples:
+        >>> penalty = LeCam()
+        >>> real, fake = torch.randn(8), torch.randn(8)
+        >>> loss = discriminator_loss(real, fake) + 0.001 * penalty(real, fake)
     """
 
     real_mean: Tensor

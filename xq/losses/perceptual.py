@@ -85,6 +85,10 @@ class LPIPS(Float32):
         ImportError: If there are neither `heads` nor the lpips package.
         OSError: If the download fails.
         ValueError: If `net` is unknown, or a file does not fit it.
+
+    Examples:
+        >>> perceptual = LPIPS("vgg")  # doctest: +SKIP
+        >>> loss = perceptual(image_hat, image)  # doctest: +SKIP
     """
 
     shift: Tensor

@@ -26,6 +26,10 @@ def r1(images: Shaped[Tensor, "..."], logits: Shaped[Tensor, "..."]) -> Float[Te
 
     Raises:
         ValueError: If the logits do not depend on the images, or their numbers do not fit.
+
+    Examples:
+        >>> images = torch.rand(2, 3, 16, 16).requires_grad_()
+        >>> penalty = 10.0 * r1(images, PatchGAN(channels=4, depth=1)(images))
     """
     _check(images, logits)
     total = widen(logits).sum() * (len(logits) / logits.numel())

@@ -14,6 +14,10 @@ def ramp(step: int, start: int = 0, length: int = 0) -> float:
 
     Raises:
         ValueError: If `length` is negative.
+
+    Examples:
+        >>> [ramp(step, start=2, length=4) for step in (0, 1, 4, 8)]
+        [0.0, 0.0, 0.6, 1.0]
     """
     if length < 0:
         raise ValueError(f"ramp needs length >= 0 steps, got {length}")

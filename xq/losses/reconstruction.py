@@ -11,6 +11,10 @@ from xq.precision import widen
 def l1(image: Shaped[Tensor, "..."], target: Shaped[Tensor, "..."]) -> Float[Tensor, ""]:
     """The mean absolute difference over all elements, in float32 or wider.
 
+    Args:
+        image: Any shape.
+        target: The same.
+
     Raises:
         ValueError: If the shapes differ, which would broadcast, or numbers are no floats.
     """
@@ -19,6 +23,10 @@ def l1(image: Shaped[Tensor, "..."], target: Shaped[Tensor, "..."]) -> Float[Ten
 
 def l2(image: Shaped[Tensor, "..."], target: Shaped[Tensor, "..."]) -> Float[Tensor, ""]:
     """The mean squared difference over all elements, in float32 or wider.
+
+    Args:
+        image: Any shape.
+        target: The same.
 
     Raises:
         ValueError: If the shapes differ, which would broadcast, or numbers are no floats.

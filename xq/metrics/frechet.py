@@ -11,7 +11,12 @@ from xq.precision import Float32
 
 
 class Gaussian(NamedTuple):
-    """The normal distribution that a set of features is taken for."""
+    """The normal distribution that a set of features is taken for.
+
+    Attributes:
+        mean: Of each channel.
+        covariance: Of each pair of channels.
+    """
 
     mean: Float[Tensor, " dim"]
     covariance: Float[Tensor, "dim dim"]
@@ -107,6 +112,14 @@ class FrechetDistance(Float32):
     Attributes:
         made: `FeatureMoments` of the set that is judged.
         reference: `FeatureMoments` of the set that it is compared with.
+
+    Examples:
+        >>> distance = FrechetDistance(dim=8)
+        >>> for _ in range(4):
+        ...     distance.made.update(torch.randn(100, 8))
+        ...     distance.reference.update(torch.randn(100, 8) + 1)
+        >>> bool(distance.compute() > 4)
+        True
     """
 
     def __init__(
@@ -137,6 +150,10 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> Float[Tensor, ""]:
     `|mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2))`. The eigenvalues of `C C'` are the squares of
     the singular values of `C^(1/2) C'^(1/2)`, of which no root has to be taken: with fewer samples
     than channels, where most of them are zero, roots of what rounding leaves would add up.
+
+    Args:
+        first: Such as `FeatureMoments(...).compute()` gives.
+        second: The same, of as many channels.
 
     Raises:
         ValueError: If they have different numbers of channels.

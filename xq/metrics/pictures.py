@@ -21,6 +21,10 @@ def psnr(
 
     Raises:
         ValueError: If their shapes differ.
+
+    Examples:
+        >>> psnr(torch.full((1, 3, 8, 8), 0.02), torch.zeros(1, 3, 8, 8))
+        tensor(40.)
     """
     _check_alike("psnr", image, target)
     error = (image - target).square().mean()
@@ -46,6 +50,11 @@ def ssim(
     Raises:
         ValueError: If their shapes differ, they are smaller than the window, or the span is not
             positive.
+
+    Examples:
+        >>> images = torch.randint(256, (2, 3, 32, 32))
+        >>> ssim(images, images, span=255.0)
+        tensor([1., 1.], dtype=torch.float64)
     """
     _check_alike("ssim", image, target)
     if span <= 0:

@@ -54,6 +54,15 @@ class CodebookUsage(nn.Module):
 
     Raises:
         ValueError: If there would be more than 2^26 counts.
+
+    Examples:
+        >>> quantizer = ProductQuantizer(VQ(4, 16), P=2)
+        >>> usage = CodebookUsage.of(quantizer)
+        >>> for _ in range(10):  # an epoch
+        ...     usage.update(quantizer.encode(torch.randn(64, 8)))
+        >>> used, perplexity, entropy = usage.compute()
+        >>> used.shape  # one number a branch
+        torch.Size([2])
     """
 
     counts: Tensor
@@ -158,6 +167,13 @@ class RunningUtilisation(Float32):
 
     Raises:
         ValueError: If there would be more than 2^26 counts.
+
+    Examples:
+        >>> quantizer = VQ(4, 16)
+        >>> running = RunningUtilisation.of(quantizer)
+        >>> running.update(quantizer.encode(torch.randn(64, 4)))
+        >>> running.compute().shape
+        torch.Size([])
     """
 
     running: Tensor

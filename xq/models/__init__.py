@@ -28,11 +28,11 @@ from xq.models.next_scale import (
 from xq.models.plain_vit import PatchDecoder as PatchDecoder, PatchEncoder as PatchEncoder
 from xq.models.rar import (
     RAR as RAR,
-    growing_guidance as growing_guidance,
     random_share as random_share,
     rar_b as rar_b,
     rar_l as rar_l,
 )
+from xq.models.sampling import growing_guidance as growing_guidance
 from xq.models.titok import TiTokDecoder as TiTokDecoder, TiTokEncoder as TiTokEncoder
 from xq.models.titok_pixels import MaskGITDecoder as MaskGITDecoder
 from xq.models.tokenizer import Reconstruction as Reconstruction, Tokenizer as Tokenizer

@@ -9,66 +9,21 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from xq.models.ar_blocks import ARBlock, rotations
+from xq.models.cache import Cache
 from xq.models.cnn_blocks import check_sizes
 from xq.models.conditions import Classes, Text, check_rates
-from xq.models.next_token import Cache, NextToken, Tokens, causal_attention
+from xq.models.next_token import NextToken, Tokens
+from xq.models.sampling import check_sampling
 from xq.models.transformer import check_heads
 from xq.precision import widen
-
-_MULTIPLE = 256
-
-
-class ARBlock(nn.Module):
-    """Causal attention with rotary positions, then SwiGLU, each behind an RMS norm.
-
-    LLaMA (Touvron et al. 2023, section 2.2), as LlamaGen takes it over.
-
-    Args:
-        width: Channels of a token.
-        heads: Heads of attention.
-        dropout: Rate after the attention and after SwiGLU.
-        drop_path: Rate at which a sample skips either of them.
-    """
-
-    def __init__(self, width: int, heads: int, dropout: float, drop_path: float) -> None:
-        super().__init__()
-        self.heads, self.drop_path = heads, drop_path
-        hidden = -(-int(8 * width / 3) // _MULTIPLE) * _MULTIPLE
-        self.norm1 = nn.RMSNorm(width, eps=1e-5)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.projection = nn.Linear(width, width, bias=False)
-        self.norm2 = nn.RMSNorm(width, eps=1e-5)
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.expand = nn.Linear(width, hidden, bias=False)
-        self.contract = nn.Linear(hidden, width, bias=False)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self,
-        x: Float[Tensor, "b n width"],
-        turn: Float[Tensor, "n half 2"],
-        cache: Cache | None = None,
-    ) -> Float[Tensor, "b n width"]:
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = causal_attention(rotated(q, turn), rotated(k, turn), v, cache)
-        x = x + self._skipping(self.dropout(self.projection(attended)))
-        y = self.norm2(x)
-        y = self.contract(F.silu(self.gate(y)) * self.expand(y))
-        return x + self._skipping(self.dropout(y))
-
-    def _skipping(self, x: Tensor) -> Tensor:
-        if not self.training or not self.drop_path:
-            return x
-        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
-        return x * keep / (1 - self.drop_path)
 
 
 class _Kept(NamedTuple):
     """What sampling keeps from one token to the next."""
 
     condition: Tensor
-    turn: Tensor
+    turns: Tensor
     scales: Tensor | None
     caches: list[Cache]
 
@@ -104,6 +59,13 @@ class AR(NextToken):
 
     Raises:
         ValueError: If a size is not positive, heads do not fit, or a rate is none.
+
+    Examples:
+        >>> model = AR(64, tokens=4, classes=10, width=32, depth=2, heads=2)
+        >>> tokens, labels = torch.randint(64, (2, 4, 4)), torch.tensor([3, 7])
+        >>> model.loss(model(tokens, labels), tokens).backward()
+        >>> model.generate(labels, guidance=2.0, top_k=50).shape
+        torch.Size([2, 4, 4])
     """
 
     def __init__(
@@ -189,10 +151,10 @@ class AR(NextToken):
         if scales is not None:
             x = x + scales[: x.shape[1]]
         x = self.dropout(torch.cat([prefix, x], dim=1))
-        turn = self._rotations(x)[: x.shape[1]]
+        turns = self._rotations(x)[:, : x.shape[1]]
         recompute = self.checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            x = checkpoint(block, x, turn, use_reentrant=False) if recompute else block(x, turn)
+            x = checkpoint(block, x, turns, use_reentrant=False) if recompute else block(x, turns)
         return self._split(self.head(self.norm(x[:, self.condition.length - 1 :])))
 
     def loss(
@@ -222,7 +184,8 @@ class AR(NextToken):
     ) -> Int[Tensor, "b ..."]:
         """Samples the tokens of images, in eval mode, ready for `tokenizer.decode`.
 
-        Keys and values of earlier tokens are kept, so each step computes one token alone.
+        Keys and values of earlier tokens are kept, so each step computes one token alone. It reads
+        tokens, so unlike `VAR` it needs no quantizer.
 
         Args:
             labels: As of `forward`, one an image.
@@ -235,18 +198,16 @@ class AR(NextToken):
         Raises:
             ValueError: If labels or another argument are out of range.
         """
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        check_sampling(self, guidance=guidance, **options)
         weights = [guidance] * self.num_tokens
-        return self._generate(labels, weights, temperature, top_k, top_p, generator)
+        return self._generate(labels, weights, generator=generator, **options)
 
-    def _rotations(self, like: Tensor) -> Float[Tensor, "n half 2"]:
-        """Cosine and sine of each position's angles, the condition's first, which are zero."""
-        device, dtype = like.device, widen(like).dtype
-        axes = [axis.to(dtype) for axis in self._places(device)]
-        pairs = self.width // self.heads // 2 // len(axes)
-        powers = torch.arange(pairs, dtype=dtype, device=device) / pairs
-        angles = torch.cat([axis[:, None] * 10000.0**-powers for axis in axes], dim=1)
-        turn = torch.stack([angles.cos(), angles.sin()], dim=-1)
-        return torch.cat([turn.new_zeros(self.condition.length, *turn.shape[1:]), turn])
+    def _rotations(self, like: Tensor) -> Float[Tensor, "2 n c"]:
+        """Of each position, the condition's first, which are turned by zero and so vanish."""
+        axes = [axis.to(widen(like).dtype) for axis in self._places(like.device)]
+        turns = rotations(axes, self.width // self.heads)
+        return F.pad(turns, (0, 0, self.condition.length, 0))
 
     def _places(self, device: torch.device) -> list[Tensor]:
         """Of each token: its place in a row, or its row and column on the finest grid."""
@@ -288,9 +249,9 @@ class AR(NextToken):
         if t and kept.scales is not None:
             x = x + kept.scales[t - 1]
         start = kept.caches[0].filled
-        turn = kept.turn[start : start + x.shape[1]]
+        turns = kept.turns[:, start : start + x.shape[1]]
         for block, cache in zip(self.blocks, kept.caches, strict=True):
-            x = block(x, turn, cache)
+            x = block(x, turns, cache)
         return self._split(self.head(self.norm(x[:, -1:])))[:, 0]
 
     def _prefix(self, classes: int, text: Sequence[int] | None) -> Classes | Text:
@@ -310,31 +271,45 @@ class AR(NextToken):
         nn.init.zeros_(self.head.weight)
 
 
-def rotated(
-    x: Float[Tensor, "b heads n c"], turn: Float[Tensor, "n half 2"]
-) -> Float[Tensor, "b heads n c"]:
-    """Turns each pair of neighbouring channels by its angle (Su et al. 2021, RoFormer)."""
-    first, second = widen(x).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = turn.unbind(-1)
-    pairs = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return pairs.flatten(-2).to(x.dtype)
-
-
 def ar_b(codebook_size: int = 16384, tokens: Tokens = 16, **options: Any) -> AR:
-    """LlamaGen-B, 111 M parameters at 16384 codes; `options` are those of `AR`."""
+    """LlamaGen-B, 111 M parameters at 16384 codes; `options` are those of `AR`.
+
+    Args:
+        codebook_size: Of the quantizer.
+        tokens: Of an image, as for `AR`.
+        **options: As for `AR`.
+    """
     return AR(codebook_size, tokens, width=768, depth=12, heads=12, **options)
 
 
 def ar_l(codebook_size: int = 16384, tokens: Tokens = 16, **options: Any) -> AR:
-    """LlamaGen-L, 343 M parameters at 16384 codes; `options` are those of `AR`."""
+    """LlamaGen-L, 343 M parameters at 16384 codes; `options` are those of `AR`.
+
+    Args:
+        codebook_size: Of the quantizer.
+        tokens: Of an image, as for `AR`.
+        **options: As for `AR`.
+    """
     return AR(codebook_size, tokens, width=1024, depth=24, heads=16, **options)
 
 
 def ar_xl(codebook_size: int = 16384, tokens: Tokens = 16, **options: Any) -> AR:
-    """LlamaGen-XL, 775 M parameters at 16384 codes; `options` are those of `AR`."""
+    """LlamaGen-XL, 775 M parameters at 16384 codes; `options` are those of `AR`.
+
+    Args:
+        codebook_size: Of the quantizer.
+        tokens: Of an image, as for `AR`.
+        **options: As for `AR`.
+    """
     return AR(codebook_size, tokens, width=1280, depth=36, heads=20, **options)
 
 
 def ar_xxl(codebook_size: int = 16384, tokens: Tokens = 16, **options: Any) -> AR:
-    """LlamaGen-XXL, 1.4 B parameters at 16384 codes; `options` are those of `AR`."""
+    """LlamaGen-XXL, 1.4 B parameters at 16384 codes; `options` are those of `AR`.
+
+    Args:
+        codebook_size: Of the quantizer.
+        tokens: Of an image, as for `AR`.
+        **options: As for `AR`.
+    """
     return AR(codebook_size, tokens, width=1536, depth=48, heads=24, **options)

@@ -40,10 +40,19 @@ class CNNEncoder(nn.Module):
         patch: Side of the pixel blocks that are folded into channels before the first convolution;
             1 is VQGAN, 4 makes networks small enough to train on a CPU.
         image_channels: Channels of the images.
+        attention: Whether there is any. Without, time grows with the pixels of an image, not with
+            their square, and a token sees its surroundings alone.
 
     Raises:
         ValueError: If a size is not a positive integer, `quant_kernel` is even or `multipliers` is
             empty.
+
+    Examples:
+        >>> encoder = CNNEncoder(8, channels=16, multipliers=(1, 2), z_channels=16, patch=4)
+        >>> encoder.stride
+        8
+        >>> encoder(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 8, 8, 8])
     """
 
     def __init__(
@@ -57,6 +66,7 @@ class CNNEncoder(nn.Module):
         quant_kernel: int = 1,
         patch: int = 1,
         image_channels: int = 3,
+        attention: bool = True,
     ) -> None:
         super().__init__()
         check_sizes(
@@ -73,15 +83,16 @@ class CNNEncoder(nn.Module):
         self.multipliers = checked_multipliers(self, multipliers)
         self.dim, self.channels, self.blocks, self.z_channels = dim, channels, blocks, z_channels
         self.quant_kernel, self.patch, self.image_channels = quant_kernel, patch, image_channels
+        self.attention = attention
 
         widths = [channels * multiplier for multiplier in self.multipliers]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(image_channels * patch**2, channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
-            Level(before, width, blocks, attention=i == last, downsample=i < last)
+            Level(before, width, blocks, attention=attention and i == last, downsample=i < last)
             for i, (before, width) in enumerate(zip([channels, *widths], widths, strict=False))
         )
-        self.mid = middle(widths[-1])
+        self.mid = middle(widths[-1], attention=attention)
         self.norm_out = norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
         self.quant_conv = nn.Conv2d(z_channels, dim, quant_kernel, padding=quant_kernel // 2)
@@ -130,6 +141,7 @@ class CNNDecoder(nn.Module):
         quant_kernel: Side of that convolution's kernel, odd: 1, in VAR 3.
         patch: Side of the pixel blocks that are unfolded after the last convolution.
         image_channels: Channels of the images.
+        attention: Whether there is any, as in the encoder.
 
     Raises:
         ValueError: If a size is not a positive integer, `quant_kernel` is even or `multipliers` is
@@ -147,6 +159,7 @@ class CNNDecoder(nn.Module):
         quant_kernel: int = 1,
         patch: int = 1,
         image_channels: int = 3,
+        attention: bool = True,
     ) -> None:
         super().__init__()
         check_sizes(
@@ -163,14 +176,15 @@ class CNNDecoder(nn.Module):
         self.multipliers = checked_multipliers(self, multipliers)
         self.dim, self.channels, self.blocks, self.z_channels = dim, channels, blocks, z_channels
         self.quant_kernel, self.patch, self.image_channels = quant_kernel, patch, image_channels
+        self.attention = attention
 
         widths = [channels * multiplier for multiplier in reversed(self.multipliers)]
         last = len(widths) - 1
         self.post_quant_conv = nn.Conv2d(dim, z_channels, quant_kernel, padding=quant_kernel // 2)
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
-        self.mid = middle(widths[0])
+        self.mid = middle(widths[0], attention=attention)
         self.conv_blocks = nn.ModuleList(
-            Level(before, width, blocks + 1, attention=i == 0, upsample=i < last)
+            Level(before, width, blocks + 1, attention=attention and i == 0, upsample=i < last)
             for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
         self.norm_out = norm(widths[-1])
@@ -222,6 +236,7 @@ def _config(module: CNNEncoder | CNNDecoder) -> dict[str, Any]:
         "quant_kernel": module.quant_kernel,
         "patch": module.patch,
         "image_channels": module.image_channels,
+        "attention": module.attention,
     }
 
 

@@ -221,7 +221,7 @@ class Level(nn.Module):
         return self.upsample(self.downsample(x))
 
 
-def middle(channels: int) -> nn.Sequential:
+def middle(channels: int, *, attention: bool = True) -> nn.Sequential:
     """The blocks at the lowest resolution, between the levels and the tokens."""
     first, last = (ResidualBlock(channels, channels) for _ in range(2))
-    return nn.Sequential(first, AttentionBlock(channels), last)
+    return nn.Sequential(first, AttentionBlock(channels) if attention else nn.Identity(), last)

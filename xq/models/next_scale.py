@@ -46,6 +46,12 @@ def teacher_forcing(
 
     Raises:
         ValueError: If the quantizer's steps are no scales, or `indices` do not fit it.
+
+    Examples:
+        >>> quantizer = ResidualQuantizer(VQ(8, 64), multiscale=(1, 2, 4))
+        >>> tokens = quantizer.encode(torch.randn(2, 4, 4, 8))
+        >>> teacher_forcing(quantizer, tokens).shape  # for all but the first of 21 tokens
+        torch.Size([2, 20, 8])
     """
     tree, indices, count = _checked("teacher_forcing", quantizer, indices)
     # of the last scale nothing is predicted
@@ -67,12 +73,7 @@ def next_scale_input(
     """What a generator reads before the next scale, given all scales so far.
 
     The last part of `teacher_forcing`. In a loop over scales, which hands over the sum that the
-    step before returned, each scale is decoded once:
-
-        tokens, z = first, None
-        while tokens.shape[1] < quantizer.num_tokens:
-            inputs, z = next_scale_input(quantizer, tokens, z)
-            tokens = torch.cat([tokens, sample(inputs)], dim=1)
+    step before returned, each scale is decoded once.
 
     Args:
         quantizer: As for `teacher_forcing`.
@@ -82,6 +83,16 @@ def next_scale_input(
 
     Raises:
         ValueError: If the quantizer's steps are no scales, or an argument does not fit it.
+
+    Examples:
+        >>> quantizer = ResidualQuantizer(VQ(8, 64), multiscale=(1, 2, 4))
+        >>> tokens, z = torch.randint(64, (2, 1)), None  # the first scale
+        >>> while tokens.shape[1] < quantizer.num_tokens:
+        ...     inputs, z = next_scale_input(quantizer, tokens, z)
+        ...     scale = torch.randint(64, inputs.shape[:2])  # yours: a generator's choice
+        ...     tokens = torch.cat([tokens, scale], dim=1)
+        >>> tokens.shape
+        torch.Size([2, 21])
     """
     tree, indices, count = _checked("next_scale_input", quantizer, indices)
     h, w = tree.grids[-1]
@@ -116,20 +127,25 @@ def advance(tree: Any, newest: Tensor, k: int, z: Tensor | None) -> NextScale:
         return NextScale(following.flatten(1, 2), total)
 
 
-def pyramid_within(name: str, quantizer: Quantizer | Wrapper) -> Any:
+def pyramid_within(name: str, quantizer: Any) -> Any:
     """The tree within all wrappers, whose steps are scales.
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If they are not, or it is no quantizer.
     """
-    tree: Any = quantizer
+    if not isinstance(quantizer, Quantizer | Wrapper):
+        raise ValueError(
+            f"{name} needs a quantizer, got {type(quantizer).__name__}; of a tokenizer, pass its "
+            ".quantizer"
+        )
+    tree = quantizer
     while isinstance(tree, Wrapper):
         tree = tree.quantizer
     if tree.step_axis != -1:
         raise ValueError(
             f"{name} needs a quantizer whose steps are scales, a ResidualQuantizer with multiscale "
             f"or a product of such; got {type(tree).__name__} with scales {tree.scales} and "
-            f"code_shape {tree.code_shape}"
+            f"code_shape {tree.code_shape}; an AR takes the tokens of any quantizer as they are"
         )
     return tree
 

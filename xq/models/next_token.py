@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xq.models.cnn_blocks import check_sizes
 from xq.models.conditions import MOST_CODES, check_rates
-from xq.models.sampling import check_sampling, draw, guided
+from xq.models.sampling import draw, guided
 from xq.models.tokenizer import eval_mode
 from xq.precision import eager, widen
 from xq.pretrained import Pretrained
@@ -21,49 +21,6 @@ from xq.quantizers import Quantizer, Wrapper
 NextTokenT = TypeVar("NextTokenT", bound="NextToken")
 # a side, a shape such as (32,) or (16, 16), or the grids of a pyramid
 Tokens = int | Sequence[int] | Sequence[Sequence[int]]
-
-
-class Cache:
-    """Keys and values of one block's attention, with room for all positions from the start.
-
-    Args:
-        length: How many positions there will be.
-    """
-
-    def __init__(self, length: int) -> None:
-        self.length, self.filled = length, 0
-        self._room: Tensor | None = None
-
-    def extend(
-        self, k: Float[Tensor, "b heads n c"], v: Float[Tensor, "b heads n c"]
-    ) -> tuple[Float[Tensor, "b heads m c"], Float[Tensor, "b heads m c"]]:
-        """All keys and values so far, these included; views of the room, nothing is copied."""
-        if self._room is None:
-            # only now the dtype is known, which is autocast's where that is on
-            b, heads, _, channels = k.shape
-            self._room = k.new_empty(2, b, heads, self.length, channels)
-        start, self.filled = self.filled, self.filled + k.shape[2]
-        self._room[0, :, :, start : self.filled] = k
-        self._room[1, :, :, start : self.filled] = v
-        keys, values = self._room[:, :, :, : self.filled]
-        return keys, values
-
-
-def causal_attention(
-    q: Float[Tensor, "b heads n c"],
-    k: Float[Tensor, "b heads n c"],
-    v: Float[Tensor, "b heads n c"],
-    cache: Cache | None,
-    dropout: float = 0.0,
-) -> Float[Tensor, "b n width"]:
-    """Attention to what came before, heads side by side; with a cache, to what is in it too."""
-    if cache is not None:
-        k, v = cache.extend(k, v)
-    # several queries only where the cache was empty, so that the mask is a square
-    assert q.shape[2] in (1, k.shape[2])
-    causal = q.shape[2] > 1
-    x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
-    return x.transpose(1, 2).flatten(2)
 
 
 class NextToken(Pretrained, ABC):
@@ -225,17 +182,9 @@ class NextToken(Pretrained, ABC):
         return F.cross_entropy(widen(logits).flatten(0, -2), tokens.flatten())
 
     def _generate(
-        self,
-        labels: Tensor,
-        guidance: Sequence[float],
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        generator: torch.Generator | None,
+        self, labels: Tensor, guidance: Sequence[float], **options: Any
     ) -> Int[Tensor, "b ..."]:
-        """One token after another; `guidance` has a weight for each."""
-        for weight in guidance:
-            check_sampling(self, guidance=weight, temperature=temperature, top_k=top_k, top_p=top_p)
+        """One token after another; `guidance` has a weight for each, `options` are of `draw`."""
         labels = self._labels(labels, look=True)
         b, twice = len(labels), any(weight != 1 for weight in guidance)
         with eval_mode(self):
@@ -247,18 +196,11 @@ class NextToken(Pretrained, ABC):
             tokens = torch.zeros(shape, dtype=torch.long, device=labels.device)
             kept = self._begin(condition)
             for t, weight in enumerate(guidance):
-                logits = widen(self._next(tokens[:, :t], kept))
+                logits = self._next(tokens[:, :t], kept)
                 if twice:
-                    logits = guided(logits[:b], logits[b:], weight)
-                drawn = draw(
-                    logits,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    generator=generator,
-                )
+                    logits = guided(*logits.chunk(2), weight)
+                drawn = draw(logits, **options).reshape(b, self.heads_per_token)
                 # both halves go on with the same tokens
-                drawn = drawn.reshape(b, self.heads_per_token)
                 tokens[:, t] = torch.cat([drawn, drawn]) if twice else drawn
         return tokens[:b].reshape(b, *self.token_shape, *self.code_shape)
 

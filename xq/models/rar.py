@@ -1,6 +1,5 @@
 """Randomized autoregression: a next-token transformer that learns tokens in any order."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,58 +9,19 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from xq.models.cache import Cache
 from xq.models.cnn_blocks import check_sizes
 from xq.models.conditions import check_rates, checked_labels, class_rows
-from xq.models.next_token import Cache, NextToken, Tokens, causal_attention
+from xq.models.next_token import NextToken, Tokens
+from xq.models.rar_blocks import RARBlock
+from xq.models.sampling import check_sampling, growing_guidance
 from xq.models.transformer import check_heads
+from xq.precision import eager
 
 # the class token and the class
 _PREFIX = 2
 # room that RAR's tables have, and its files with them, beyond the positions that are used
 SPARE_POSITIONS, _SPARE_STEPS = 1024, 100
-
-
-class RARBlock(nn.Module):
-    """Causal attention and a perceptron, each modulated by the condition of its position.
-
-    Args:
-        width: Channels of a token.
-        heads: Heads of attention.
-        hidden: Channels within the perceptron.
-        dropout: Rate of dropout.
-    """
-
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.modulation = nn.Linear(width, 6 * width)
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.query_norm = nn.LayerNorm(width // heads, eps=1e-6)
-        self.key_norm = nn.LayerNorm(width // heads, eps=1e-6)
-        self.projection = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.expand = nn.Linear(width, hidden)
-        self.contract = nn.Linear(hidden, width)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self,
-        x: Float[Tensor, "b n width"],
-        condition: Float[Tensor, "b n width"],
-        cache: Cache | None = None,
-    ) -> Float[Tensor, "b n width"]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
-        y = self.norm1(x) * (1 + scale1) + shift1
-        qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.query_norm(q), self.key_norm(k)
-        rate = self.dropout.p if self.training else 0.0
-        attended = causal_attention(q, k, v, cache, rate)
-        x = x + gate1 * self.dropout(self.projection(attended))
-        y = self.norm2(x) * (1 + scale2) + shift2
-        y = self.contract(self.dropout(F.gelu(self.expand(y))))
-        return x + gate2 * self.dropout(y)
 
 
 class _Kept(NamedTuple):
@@ -87,9 +47,6 @@ class RAR(NextToken):
     As in the released files, tables have 1024 positions and 100 steps more than there are tokens,
     and the vocabulary a mask after the codes. Nothing reads these.
 
-        order = model.orders(len(tokens), random_share(step, 125_000, 187_500))
-        model.loss(model(tokens, labels, order), tokens, order).backward()
-
     Args:
         codebook_size: Of the quantizer, how many values an index can take.
         tokens: Of an image: a side, a shape such as (32,) or (16, 16), or a pyramid's `.grids`.
@@ -105,6 +62,14 @@ class RAR(NextToken):
 
     Raises:
         ValueError: If a size is not positive, heads do not fit, or a rate is none.
+
+    Examples:
+        >>> model = RAR(64, tokens=4, classes=10, width=32, depth=2, heads=2)
+        >>> tokens, labels = torch.randint(64, (2, 4, 4)), torch.tensor([3, 7])
+        >>> order = model.orders(2, random_share(step=0, start=125_000, end=187_500))
+        >>> model.loss(model(tokens, labels, order), tokens, order).backward()
+        >>> model.generate(labels).shape
+        torch.Size([2, 4, 4])
     """
 
     def __init__(
@@ -271,8 +236,10 @@ class RAR(NextToken):
         Raises:
             ValueError: If labels or another argument are out of range.
         """
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        check_sampling(self, guidance=guidance, **options)
         weights = growing_guidance(guidance, power, self.num_tokens)
-        return self._generate(labels, weights, temperature, top_k, top_p, generator)
+        return self._generate(labels, weights, generator=generator, **options)
 
     def _labels(self, labels: Tensor, *, look: bool) -> Tensor:
         return checked_labels(self, labels, self.classes, look=look)
@@ -310,13 +277,20 @@ class RAR(NextToken):
         return self._split(self.head(self.norm(x) * (1 + scale) + shift))
 
     def _ordered(self, tokens: Int[Tensor, "b t P"], order: Tensor) -> Int[Tensor, "b t P"]:
-        want = (len(tokens), self.num_tokens)
-        if tuple(order.shape) != want or order.is_floating_point() or tokens.shape[1] != want[1]:
+        want, whole = (len(tokens), self.num_tokens), tokens.shape[1] == self.num_tokens
+        if tuple(order.shape) != want or order.dtype != torch.long or not whole:
             raise ValueError(
-                f"RAR needs an order as {want} integers and all {self.num_tokens} tokens, got "
+                f"RAR needs an order as {want} int64 numbers and all {self.num_tokens} tokens, got "
                 f"{order.dtype} of shape {tuple(order.shape)} and {tokens.shape[1]} tokens; "
                 "RAR.orders makes them"
             )
+        if eager(order) and order.device.type == "cpu":
+            raster = torch.arange(self.num_tokens).expand(want)
+            if not torch.equal(order.sort(dim=1).values, raster):
+                raise ValueError(
+                    f"RAR needs an order with each of 0..{self.num_tokens - 1} once; RAR.orders "
+                    "makes them"
+                )
         return tokens.take_along_dim(order[..., None], dim=1)
 
     def _begin(self, condition: Tensor) -> _Kept:
@@ -360,6 +334,11 @@ def random_share(step: int, start: int, end: int) -> float:
 
     Yu et al. 2024, section 3.2; there of 250000 steps `start` is 125000 and `end` 187500.
 
+    Args:
+        step: The number of the step.
+        start: The step until which all are in random order.
+        end: The step from which on none is.
+
     Raises:
         ValueError: If `end` is before `start`.
     """
@@ -370,26 +349,23 @@ def random_share(step: int, start: int, end: int) -> float:
     return 0.0 if step >= end else (end - step) / (end - start)
 
 
-def growing_guidance(guidance: float, power: float, count: int) -> list[float]:
-    """Weights of guidance for `count` tokens, from 1 towards `guidance` along half a cosine.
-
-    `1 + (guidance - 1) * (1 - cos(pi * (t / count)**power)) / 2`, as RAR takes it over from MDT
-    (Gao et al. 2023); the greater the power, the later it grows.
-
-    Raises:
-        ValueError: If `power` is not positive.
-    """
-    if not 0 < power < math.inf:
-        raise ValueError(f"growing_guidance needs a power above 0, got {power}")
-    shares = ((1 - math.cos(math.pi * (t / count) ** power)) / 2 for t in range(count))
-    return [1 + (guidance - 1) * share for share in shares]
-
-
 def rar_b(codebook_size: int = 1024, tokens: Tokens = 16, **options: Any) -> RAR:
-    """RAR-B, 261 M parameters at 1024 codes; `options` are those of `RAR`."""
+    """RAR-B, 261 M parameters at 1024 codes; `options` are those of `RAR`.
+
+    Args:
+        codebook_size: Of the quantizer.
+        tokens: Of an image, as for `RAR`.
+        **options: As for `RAR`.
+    """
     return RAR(codebook_size, tokens, width=768, **options)
 
 
 def rar_l(codebook_size: int = 1024, tokens: Tokens = 16, **options: Any) -> RAR:
-    """RAR-L, 461 M parameters at 1024 codes; `options` are those of `RAR`."""
+    """RAR-L, 461 M parameters at 1024 codes; `options` are those of `RAR`.
+
+    Args:
+        codebook_size: Of the quantizer.
+        tokens: Of an image, as for `RAR`.
+        **options: As for `RAR`.
+    """
     return RAR(codebook_size, tokens, width=1024, **options)

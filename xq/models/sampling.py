@@ -1,13 +1,15 @@
 """What generators share: guidance, the filters of top-k and top-p, and seeded draws."""
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from xq.precision import widen
 
-# what torch's own exponential draws are bounded by: at zero any code at all would win
-_LEAST = 2.0**-25
+# of uniform noise: at zero not even the only code that is left would win, at one any code at all
+_LEAST, _MOST = 2.0**-25, 1 - 2.0**-24
 
 
 def guided(
@@ -21,6 +23,26 @@ def guided(
     """
     conditional, unconditional = widen(conditional), widen(unconditional)
     return conditional + (scale - 1) * (conditional - unconditional)
+
+
+def growing_guidance(guidance: float, power: float, count: int) -> list[float]:
+    """Weights of guidance for `count` tokens, from 1 towards `guidance` along half a cosine.
+
+    `1 + (guidance - 1) * (1 - cos(pi * (t / count)**power)) / 2`, as RAR takes it over from MDT
+    (Gao et al. 2023); the greater the power, the later it grows.
+
+    Args:
+        guidance: What it grows to.
+        power: How late it grows, above 0.
+        count: How many tokens.
+
+    Raises:
+        ValueError: If `power` is not positive.
+    """
+    if not 0 < power < math.inf:
+        raise ValueError(f"growing_guidance needs a power above 0, got {power}")
+    shares = ((1 - math.cos(math.pi * (t / count) ** power)) / 2 for t in range(count))
+    return [1 + (guidance - 1) * share for share in shares]
 
 
 def filtered(
@@ -41,7 +63,7 @@ def filtered(
     most, share = min(top_k or count, count), 1.0 if top_p is None else top_p
     if most == count and share == 1:
         return logits
-    best = logits.topk(most, dim=-1).values
+    best = logits.topk(most, dim=-1, sorted=share < 1).values
     if share < 1:
         shares = best.softmax(-1)
         before = shares.cumsum(-1) - shares
@@ -71,8 +93,9 @@ def draw(
     if top_k == 1:
         return logits.argmax(-1)
     scores = filtered(logits / temperature, top_k=top_k, top_p=top_p)
-    noise = torch.empty_like(scores).exponential_(generator=generator).clamp_(min=_LEAST)
-    return (scores - noise.log_()).argmax(-1)
+    # logarithms of uniform noise: exponential noise itself is slow to draw on a CPU
+    noise = torch.empty_like(scores).uniform_(generator=generator).clamp_(_LEAST, _MOST)
+    return scores.sub_(noise.log_().neg_().log_()).argmax(-1)
 
 
 def check_sampling(

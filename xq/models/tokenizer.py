@@ -17,7 +17,12 @@ from xq.quantizers.sharing import sharing
 
 
 class Reconstruction(NamedTuple):
-    """An image back from its tokens, and what the quantizer said."""
+    """An image back from its tokens, and what the quantizer said.
+
+    Attributes:
+        image: As the decoder made it, not clamped.
+        quantized: `z`, indices and losses.
+    """
 
     image: Float[Tensor, "b c h w"]
     quantized: Quantized
@@ -36,6 +41,15 @@ class Tokenizer(Pretrained):
             layout a wrapper around the quantizer takes).
         quantizer: Any quantizer or wrapper.
         decoder: Maps vectors of that layout to images.
+
+    Examples:
+        >>> small = {"channels": 8, "multipliers": (1, 2), "z_channels": 8, "patch": 4}
+        >>> tokenizer = Tokenizer(CNNEncoder(8, **small), VQ(8, 64), CNNDecoder(8, **small)).eval()
+        >>> image = torch.rand(2, 3, 32, 32) * 2 - 1
+        >>> image_hat, quantized = tokenizer(image)
+        >>> tokens = tokenizer.encode(image)
+        >>> tokens.shape, tokenizer.decode(tokens).shape
+        (torch.Size([2, 4, 4]), torch.Size([2, 3, 32, 32]))
     """
 
     def __init__(

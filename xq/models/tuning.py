@@ -94,6 +94,9 @@ def merge_lora_(model: nn.Module) -> nn.Module:
 
     Names are again those of a model without LoRA, and the whole backbone trains again.
 
+    Args:
+        model: What holds LoRA layers.
+
     Raises:
         ValueError: If there are none.
     """
@@ -115,6 +118,9 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     So these are the updates, the last normalizations and all that is outside of the adapted
     backbones: together with the backbones it started from, this is the whole model.
 
+    Args:
+        model: What holds LoRA layers.
+
     Raises:
         ValueError: If there is no LoRA in it.
     """
@@ -124,6 +130,10 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def save_lora(model: nn.Module, path: PathLike) -> None:
     """Writes `lora_state_dict` as safetensors, with what `load_lora_` needs to know.
+
+    Args:
+        model: What holds LoRA layers.
+        path: The file.
 
     Raises:
         ValueError: If there is no LoRA in the model.
@@ -139,6 +149,10 @@ def load_lora_(model: nn.Module, path: PathLike) -> nn.Module:
 
     A model without LoRA gets the layers, one with them takes the file's weights. All of the file is
     read, and all but the backbones' own weights is set.
+
+    Args:
+        model: As it was before `add_lora_`, or with its layers.
+        path: The file.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -173,6 +187,10 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuses an optimizer that does not hold all parameters that train.
 
     So does one that was built before `add_lora_`, and would leave the updates at zero.
+
+    Args:
+        model: What is to be trained.
+        optimizer: Of its parameters.
 
     Raises:
         ValueError: If it lacks some; the message names them.

@@ -12,19 +12,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xq.models.cnn_blocks import check_sizes
-from xq.models.conditions import MOST_CODES, check_rates, checked_labels
+from xq.models.conditions import check_rates, checked_labels
 from xq.models.next_scale import advance, pyramid_within
 from xq.models.sampling import check_sampling, draw, guided
 from xq.models.sizes import Size, checked_pair, plain_size
 from xq.models.tokenizer import eval_mode
 from xq.models.transformer import check_heads
-from xq.models.var_blocks import Block, Cache, modulated, plain_norm
+from xq.models.var_blocks import Block, BlockCache, modulated, plain_norm
+from xq.models.var_heads import make_head
 from xq.precision import eager, widen
 from xq.pretrained import Pretrained
-from xq.quantizers import BSQ, LFQ, Quantizer, Wrapper
-from xq.quantizers.bits import indices_to_signs, signs_to_indices
+from xq.quantizers import Quantizer, Wrapper
 
-HEADS = ("codes", "bits")
 # of how much smaller the maps begin that AdaLN's parts and the logits come from
 _SMALL_GATE, _SMALL_MODULATION, _SMALL_HEAD = 1e-5, 0.5, 0.02
 
@@ -40,12 +39,6 @@ class VAR(Pretrained):
     The class modulates each block (AdaLN, Peebles and Xie 2023), and stands for the first scale's
     input. In training mode it is left out at times, which guidance needs; the original does so in
     eval mode too.
-
-        model = VAR.of(tokenizer.quantizer, classes=1000, depth=16)
-        logits = model(teacher_forcing(tokenizer.quantizer, tokens), labels)
-        model.loss(logits, tokens).backward()
-        tokens = model.generate(tokenizer.quantizer, labels, guidance=2.5, top_k=900, top_p=0.96)
-        images = tokenizer.decode(tokens)
 
     Args:
         dim: Channels of the quantizer.
@@ -66,6 +59,15 @@ class VAR(Pretrained):
 
     Raises:
         ValueError: If a size or a rate does not fit.
+
+    Examples:
+        >>> quantizer = ResidualQuantizer(VQ(8, 64), multiscale=(1, 2, 3))
+        >>> tokens, labels = torch.randint(64, (2, 14)), torch.tensor([3, 7])
+        >>> model = VAR.of(quantizer, classes=10, depth=2, width=32)
+        >>> logits = model(teacher_forcing(quantizer, tokens), labels)
+        >>> model.loss(logits, tokens).backward()
+        >>> model.generate(quantizer, labels, guidance=2.5, top_k=50).shape
+        torch.Size([2, 14])
     """
 
     def __init__(
@@ -96,8 +98,14 @@ class VAR(Pretrained):
         self.grids = tuple(checked_pair(self, "grids", grid) for grid in grids)
         self.classes, self.depth, self.class_drop = classes, depth, class_drop
         self.head, self.checkpointing = head, checkpointing
+        if not all(type(n) is int and n > 0 for n in self.code_shape):
+            raise ValueError(
+                f"VAR needs a code_shape of positive integers, got {self.code_shape}; it is "
+                "quantizer.code_shape"
+            )
+        self._head = make_head(head, codebook_size, self.code_shape)
         # what is predicted at each place: numbers, and the values that each can take
-        self.outcomes = self._outcomes()
+        self.outcomes = self._head.outcomes
         self.ends = self._ends()
         self._build()
         self._reset()
@@ -113,7 +121,7 @@ class VAR(Pretrained):
         Raises:
             ValueError: If its steps are no scales, or an argument does not fit.
         """
-        tree = _pyramid(quantizer)
+        tree = pyramid_within("VAR", quantizer)
         model = cls(tree.dim, tree.codebook_size, tree.grids, code_shape=tree.code_shape, **options)
         model._fitting(tree)
         return model
@@ -195,9 +203,7 @@ class VAR(Pretrained):
             ValueError: If the two do not fit each other, or tokens on the CPU are out of range.
         """
         self._check_tokens(logits, tokens)
-        targets = tokens.long()
-        if self.head == "bits":
-            targets = indices_to_signs(targets, self.outcomes[-2]).long()
+        targets = self._head.targets(tokens.long())
         return F.cross_entropy(widen(logits).flatten(0, -2), targets.flatten())
 
     @torch.no_grad()
@@ -218,7 +224,9 @@ class VAR(Pretrained):
         in. On a GPU it waits once, to look at the labels.
 
         Args:
-            quantizer: The one whose tokens the model has learned.
+            quantizer: The one whose tokens the model has learned. The codes of the scales so far
+                are what the next scale is read from; `AR`, which reads the tokens themselves, needs
+                none.
             labels: `(b,)`, class ids in 0..classes - 1, or -1 for images of no class.
             guidance: How much a class counts at the last scale, above 0; it grows from 1, which is
                 no guidance, by equal steps. Without it the batch is half as large. VAR's cfg is
@@ -244,7 +252,7 @@ class VAR(Pretrained):
         with eval_mode(self):
             embedded = self._embedded(labels)
             condition = F.silu(embedded)
-            caches = [Cache() for _ in self.blocks]
+            caches = [BlockCache(self.num_tokens) for _ in self.blocks]
             x, tokens, z = self._start(embedded), [], None
             for k, end in enumerate(self.ends):
                 x = x + self._places(end - x.shape[1], end)
@@ -255,7 +263,7 @@ class VAR(Pretrained):
                     scale = 1 + (guidance - 1) * k / (len(self.ends) - 1)
                     logits = guided(*logits.chunk(2), scale)
                 drawn = draw(logits, generator=generator, **options)
-                tokens.append(signs_to_indices(drawn > 0) if self.head == "bits" else drawn)
+                tokens.append(self._head.tokens(drawn))
                 inputs, z = advance(tree, tokens[-1], k, z)
                 x = self._embed(inputs)
                 x = torch.cat([x, x]) if pairs else x
@@ -316,30 +324,6 @@ class VAR(Pretrained):
         logits = self.predict(modulated(self.norm(x), scale, shift))
         return logits.unflatten(-1, self.outcomes)
 
-    def _outcomes(self) -> tuple[int, ...]:
-        if not all(type(n) is int and n > 0 for n in self.code_shape):
-            raise ValueError(
-                f"VAR needs a code_shape of positive integers, got {self.code_shape}; it is "
-                "quantizer.code_shape"
-            )
-        size = self.codebook_size
-        if self.head == "codes":
-            if size > MOST_CODES:
-                raise ValueError(
-                    f"VAR would need a softmax over {size} codes; head='bits' predicts each bit of "
-                    "an LFQ or BSQ index by itself"
-                )
-            return (*self.code_shape, size)
-        if self.head != "bits":
-            raise ValueError(f"VAR has the heads {', '.join(HEADS)}, got {self.head!r}")
-        bits = size.bit_length() - 1
-        if not bits or size != 2**bits:
-            raise ValueError(
-                f"VAR with head='bits' needs a codebook_size that is a power of 2, got {size}; "
-                "head='codes' takes any"
-            )
-        return (*self.code_shape, bits, 2)
-
     def _ends(self) -> tuple[int, ...]:
         """How many tokens each scale and those before it have."""
         if len(self.grids) < 2:
@@ -350,7 +334,7 @@ class VAR(Pretrained):
 
     def _fitting(self, quantizer: Any) -> Any:
         """The tree within a quantizer, if its tokens are like those of the model."""
-        tree = _pyramid(quantizer)
+        tree = pyramid_within("VAR", quantizer)
         for name in ("dim", "codebook_size", "code_shape", "grids"):
             have, want = getattr(tree, name), getattr(self, name)
             if have != want:
@@ -358,21 +342,11 @@ class VAR(Pretrained):
                     f"VAR has learned tokens of a quantizer with {name}={want}, this one has "
                     f"{have}; give the quantizer that made them, or VAR.of(quantizer) a new model"
                 )
-        if self.head == "bits":
-            leaves = [part for part in tree.modules() if _is_leaf(part)]
-            if other := next((leaf for leaf in leaves if not isinstance(leaf, LFQ | BSQ)), None):
-                raise ValueError(
-                    "VAR with head='bits' needs the signs of LFQ or BSQ, the bits of a "
-                    f"{type(other).__name__} index mean nothing by themselves; head='codes' takes "
-                    "any quantizer"
-                )
+        self._head.check(tree)
         return tree
 
     def _labels(self, labels: Tensor, *, look: bool) -> Int[Tensor, " b"]:
-        labels = checked_labels(self, labels, self.classes, look=look)
-        if not len(labels):
-            raise ValueError("VAR got an empty batch; it needs one label or more")
-        return labels
+        return checked_labels(self, labels, self.classes, look=look)
 
     def _check_inputs(self, inputs: Tensor, labels: Tensor) -> None:
         shape, first = tuple(inputs.shape), self.ends[0]
@@ -413,21 +387,3 @@ class VAR(Pretrained):
                     f"VAR.loss expects tokens in 0..{self.codebook_size - 1}, got {low}..{high}; "
                     "were they made by another tokenizer?"
                 )
-
-
-def _pyramid(quantizer: Any) -> Any:
-    """The tree within a quantizer, whose steps are scales."""
-    if not isinstance(quantizer, Quantizer | Wrapper):
-        raise ValueError(
-            f"VAR generates the tokens of a quantizer, got {type(quantizer).__name__}; "
-            "of a tokenizer, pass its .quantizer"
-        )
-    try:
-        return pyramid_within("VAR", quantizer)
-    except ValueError as error:
-        raise ValueError(f"{error}; AR generates the tokens of any quantizer") from None
-
-
-def _is_leaf(part: nn.Module) -> bool:
-    parts = [each for each in part.modules() if isinstance(each, Quantizer)]
-    return parts == [part]

@@ -7,19 +7,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from xq.models.cache import Cache
 
-class Cache:
-    """Keys and values of the scales so far."""
 
-    def __init__(self) -> None:
-        self.kept: tuple[Tensor, Tensor] | None = None
+class BlockCache(Cache):
+    """What sampling keeps of a block: keys, values, and what the condition makes.
 
-    def extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values, these included."""
-        if self.kept is not None:
-            k, v = torch.cat([self.kept[0], k], dim=2), torch.cat([self.kept[1], v], dim=2)
-        self.kept = k, v
-        return k, v
+    Args:
+        length: How many positions there will be.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.parts: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -40,13 +40,13 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "b n width"]:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        sharpness = self.log_scale.clamp(max=math.log(100)).exp()[:, None, None]
+        q, k = F.normalize(qkv[:, :, :2], dim=-1).unbind(2)
+        sharpness = self.log_scale.clamp(max=math.log(100)).exp()[:, None]
         # norms are float32 in autocast
-        q = (F.normalize(q, dim=-1) * sharpness).to(v.dtype)
-        k = F.normalize(k, dim=-1).to(v.dtype)
+        parts = ((q * sharpness).to(qkv.dtype), k.to(qkv.dtype), qkv[:, :, 2])
+        q, k, v = (part.transpose(1, 2) for part in parts)
         if cache is not None:
-            k, v = cache.extended(k, v)
+            k, v = cache.extend(k, v)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=1.0)
         return self.projection(attended.transpose(1, 2).flatten(2))
 
@@ -68,14 +68,23 @@ class Block(nn.Module):
         x: Float[Tensor, "b n width"],
         condition: Float[Tensor, "b width"],
         visible: Bool[Tensor, "n n"] | None = None,
-        cache: Cache | None = None,
+        cache: BlockCache | None = None,
     ) -> Float[Tensor, "b n width"]:
-        parts = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        parts = self._parts(condition, cache).chunk(6, dim=-1)
         gate1, gate2, scale1, scale2, shift1, shift2 = parts
         attended = self.attention(modulated(self.norm(x), scale1, shift1), visible, cache)
         x = x + self._dropped(attended * gate1)
         hidden = self.expand(modulated(self.norm(x), scale2, shift2))
         return x + self._dropped(self.contract(F.gelu(hidden, approximate="tanh")) * gate2)
+
+    def _parts(self, condition: Tensor, cache: BlockCache | None) -> Float[Tensor, "b 1 parts"]:
+        """Gates, scales and shifts; in sampling they are the same at all scales."""
+        if cache is not None and cache.parts is not None:
+            return cache.parts
+        parts = self.modulation(condition)[:, None]
+        if cache is not None:
+            cache.parts = parts
+        return parts
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Stochastic depth (Huang et al. 2016), an image at a time."""

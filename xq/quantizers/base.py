@@ -33,6 +33,12 @@ class Losses(NamedTuple):
             input; zero where no parameter learns from it.
         regularizer: Shapes how codes are used: the entropy penalty of LFQ, BSQ, IBQ and, if asked
             for, VQ, or the divergence of GumbelVQ; in nats.
+
+    Examples:
+        >>> losses = VQ(4, 16)(torch.randn(2, 7, 4)).losses
+        >>> loss = losses.total(commitment=0.5)
+        >>> losses._fields
+        ('commitment', 'codebook', 'regularizer')
     """
 
     commitment: Float[Tensor, ""]
@@ -42,7 +48,13 @@ class Losses(NamedTuple):
     def total(
         self, *, commitment: float = 0.25, codebook: float = 1.0, regularizer: float = 0.1
     ) -> Float[Tensor, ""]:
-        """The weighted sum that a training loop adds to its reconstruction loss."""
+        """The weighted sum that a training loop adds to its reconstruction loss.
+
+        Args:
+            commitment: Weight of what moves inputs to codes; beta of VQ-VAE.
+            codebook: Weight of what moves codes to inputs.
+            regularizer: Weight of what shapes the use of codes, such as the entropy penalty.
+        """
         return (
             commitment * self.commitment + codebook * self.codebook + regularizer * self.regularizer
         )
@@ -236,7 +248,11 @@ class Quantizer(Float32, Pretrained, ABC):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens an image of a quantizer with `scales`."""
+        """Tokens an image of a quantizer with `scales`.
+
+        Raises:
+            ValueError: If it has no scales.
+        """
         if not self.scales:
             raise ValueError(
                 f"{type(self).__name__} has no scales: it makes as many tokens as its input has"
@@ -314,6 +330,9 @@ class Quantizer(Float32, Pretrained, ABC):
 
     def with_scales(self, scales: ScalesLike) -> "Quantizer":
         """The same modules at another resolution.
+
+        Args:
+            scales: Sides or `(h, w)` pairs, coarse to fine, as many as there are.
 
         Raises:
             ValueError: If this quantizer has no scales.

@@ -57,6 +57,13 @@ def beam_encode(
 
     Raises:
         ValueError: If an argument does not fit, or the quantizer has scales.
+
+    Examples:
+        >>> rq, x = ResidualQuantizer(VQ(8, 64), depth=4).eval(), torch.randn(100, 8)
+        >>> found = beam_encode(rq, x, width=8)
+        >>> error = (rq.decode(found) - x).square().sum()
+        >>> bool(error <= (rq(x).z - x).square().sum())
+        True
     """
     if not hasattr(width, "__index__") or width < 1:
         raise ValueError(f"beam_encode needs a width of 1 path or more, got width={width!r}")

@@ -121,6 +121,13 @@ class LFQ(_SignQuantizer):
 
     Raises:
         ValueError: If an argument lies outside its range.
+
+    Examples:
+        >>> lfq = LFQ(18)
+        >>> z, indices, losses = lfq(torch.randn(2, 256, 18))
+        >>> lfq.codebook_size, indices.shape
+        (262144, torch.Size([2, 256]))
+        >>> loss = losses.total(commitment=0.25, regularizer=0.1)
     """
 
     scale = 1.0
@@ -174,6 +181,12 @@ class BSQ(_SignQuantizer):
 
     Raises:
         ValueError: If an argument lies outside its range.
+
+    Examples:
+        >>> bsq = BSQ(36, group_size=9)
+        >>> z, indices, losses = bsq(torch.randn(2, 256, 36))
+        >>> torch.allclose(z.norm(dim=-1), torch.ones(2, 256))
+        True
     """
 
     def __init__(

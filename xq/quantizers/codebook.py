@@ -209,6 +209,18 @@ def accumulating(module: nn.Module) -> Iterator[None]:
 
     For the micro-batches of one optimizer step. Under `DistributedDataParallel` enter its `no_sync`
     as well: otherwise its broadcast of buffers before each forward replaces the sums.
+
+    Args:
+        module: A quantizer, or a model around it.
+
+    Examples:
+        >>> vq, batch = VQ(8, 64, codebook=EMACodebook), torch.randn(4, 100, 8)
+        >>> with accumulating(vq):
+        ...     for micro_batch in batch[:3]:
+        ...         _ = vq(micro_batch)
+        >>> _ = vq(batch[3])  # learns from all four
+        >>> vq.codebook.step.item()
+        1
     """
     codebooks = [m for m in module.modules() if isinstance(m, Codebook)]
     before = [book.accumulating for book in codebooks]

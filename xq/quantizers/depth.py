@@ -21,6 +21,14 @@ class DepthDropout(nn.Module):
 
     Raises:
         ValueError: If an argument lies outside its range.
+
+    Examples:
+        >>> quantizer = ResidualQuantizer(VQ(8, 64), depth=10)
+        >>> drop, x = DepthDropout(10, p=0.1, minimum=3), torch.randn(32, 16, 8)
+        >>> depth = drop(len(x), x.device)
+        >>> z, indices, losses = quantizer(x, depth)
+        >>> drop.is_full(depth).shape
+        torch.Size([32])
     """
 
     def __init__(self, depth: int, p: float = 0.1, minimum: int = 3) -> None:

@@ -32,6 +32,10 @@ class DiVeQ(nn.Module):
 
     Raises:
         ValueError: If `variance` is negative or not finite.
+
+    Examples:
+        >>> vq = VQ(8, 512, estimator=DiVeQ())
+        >>> loss = vq(torch.randn(2, 64, 8)).losses.total(commitment=0.0, codebook=0.0)
     """
 
     # what `forward` returns in training depends on chance

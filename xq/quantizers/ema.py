@@ -37,6 +37,13 @@ class EMACodebook(CountingCodebook):
 
     Raises:
         ValueError: If an argument lies outside its range.
+
+    Examples:
+        >>> vq = VQ(8, 512, codebook=partial(EMACodebook, decay=0.9))
+        >>> z, indices, losses = vq(torch.randn(2, 256, 8))  # learns, since it is in training mode
+        >>> vq.codebook.decay = 0.99
+        >>> list(vq.parameters())
+        []
     """
 
     weight: Tensor

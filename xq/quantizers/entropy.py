@@ -61,6 +61,11 @@ def sign_entropy(
 
     Raises:
         ValueError: If `group_size` does not divide `dim`, or exceeds 24.
+
+    Examples:
+        >>> entropy = sign_entropy(torch.randn(1000, 12))
+        >>> bool(entropy.per_token < entropy.batch < entropy.maximum)
+        True
     """
     dim = logits.shape[-1]
     size = check_group_size(dim, group_size)
@@ -117,7 +122,16 @@ def check_group_size(dim: int, group_size: int | None) -> int:
 
 
 def entropy_in_bits(entropy: CodeEntropy) -> dict[str, float]:
-    """For logs: both entropies in bits and as a share of the maximum (reads them, so it waits)."""
+    """For logs: both entropies in bits and as a share of the maximum (reads them, so it waits).
+
+    Args:
+        entropy: Such as `lfq.entropy(lfq.bound(x))`.
+
+    Examples:
+        >>> lfq = LFQ(12)
+        >>> sorted(entropy_in_bits(lfq.entropy(torch.randn(100, 12))))
+        ['batch_bits', 'batch_share', 'per_token_bits', 'per_token_share']
+    """
     per_token, batch = entropy.per_token.item(), entropy.batch.item()
     return {
         "per_token_bits": per_token / math.log(2),

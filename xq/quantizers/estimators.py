@@ -18,7 +18,12 @@ _OPPOSITE = 1e-3
 def straight_through(
     u: Float[Tensor, "*batch dim"], z: Float[Tensor, "*batch dim"]
 ) -> Float[Tensor, "*batch dim"]:
-    """Copies the gradient of `z` to `u` (Bengio et al. 2013)."""
+    """Copies the gradient of `z` to `u` (Bengio et al. 2013).
+
+    Args:
+        u: What was quantized, after `bound`.
+        z: Its codes.
+    """
     return _with_gradient_of(u, z)
 
 
@@ -29,6 +34,13 @@ def rotation_trick(
 
     Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick", section 4.
     Straight through where no rotation is defined: zero, tiny and opposite vectors.
+
+    Args:
+        u: What was quantized, after `bound`.
+        z: Its codes.
+
+    Examples:
+        >>> vq = VQ(8, 64, estimator=rotation_trick)
     """
     fixed_u, fixed_z = u.detach(), z.detach()
     length_u, length_z = (v.norm(dim=-1, keepdim=True) for v in (fixed_u, fixed_z))
@@ -53,6 +65,10 @@ def passthrough(
 
     Such a leaf says so with this function as its `estimators`. It is no step of a residual, whose
     input would receive that gradient once a step.
+
+    Args:
+        u: What was quantized, after `bound`.
+        z: Its codes, with a gradient of their own.
     """
     return z
 

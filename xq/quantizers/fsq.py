@@ -53,7 +53,7 @@ _AROUND_ZERO = ("paper", "vqp")
 
 
 class FSQ(Quantizer):
-    """Finite scalar quantization: rounds each channel to a level (Mentzer et al. 2023).
+    """Finite scalar quantization: each channel to a level (Mentzer et al. 2023, section 3.1).
 
     The codes are all combinations of levels, so there is no codebook. The level of channel 0 is the
     least significant digit of an index, as in the paper. Nothing pulls vectors to their codes, as
@@ -83,6 +83,14 @@ class FSQ(Quantizer):
 
     Raises:
         ValueError: If a number of levels does not fit, or the bound is unknown.
+
+    Examples:
+        >>> fsq = FSQ([8, 5, 5, 5])
+        >>> fsq.dim, fsq.codebook_size
+        (4, 1000)
+        >>> z, indices, _ = fsq(torch.randn(2, 256, 4))
+        >>> torch.equal(fsq.decode(indices), z)
+        True
     """
 
     def __init__(self, levels: Iterable[Any], *, bound: str = "even") -> None:

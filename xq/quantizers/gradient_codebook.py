@@ -33,6 +33,11 @@ class GradientCodebook(CountingCodebook):
 
     Raises:
         ValueError: If an argument lies outside its range.
+
+    Examples:
+        >>> vq = VQ(8, 512, codebook=partial(GradientCodebook, revive=0.02))
+        >>> optimizer = torch.optim.AdamW(vq.parameters(), weight_decay=0.0)
+        >>> handle = revive_in(optimizer, vq)
     """
 
     samples: Tensor
@@ -170,6 +175,11 @@ def revive_in(optimizer: Optimizer, module: nn.Module) -> RemovableHandle:
     Raises:
         ValueError: If no codebook in `module` revives codes by gradient, or the optimizer lacks
             the parameter of one that does.
+
+    Examples:
+        >>> vq = VQ(8, 512, codebook=partial(GradientCodebook, revive=0.02))
+        >>> handle = revive_in(torch.optim.AdamW(vq.parameters()), vq)
+        >>> handle.remove()
     """
     books = [m for m in module.modules() if isinstance(m, GradientCodebook) and m.revives]
     if not books:

@@ -89,6 +89,14 @@ class Pyramid(nn.Module):
 
     Raises:
         ValueError: If scales are missing, not positive or larger than the last.
+
+    Examples:
+        >>> scales = Pyramid((1, 2, (3, 4)), refine=[Refine(8)])
+        >>> quantizer = ResidualQuantizer(VQ(8, 64), multiscale=scales)
+        >>> quantizer.grids
+        ((1, 1), (2, 2), (3, 4))
+        >>> quantizer(torch.randn(2, 3, 4, 8)).indices.shape
+        torch.Size([2, 17])
     """
 
     def __init__(self, scales: ScalesLike, refine: Sequence[Refine] = ()) -> None:

@@ -37,6 +37,12 @@ class GumbelVQ(Quantizer):
 
     Raises:
         ValueError: If a size is below 1, or the temperature not above 0.
+
+    Examples:
+        >>> gumbel = GumbelVQ(32, 256, temperature=1.0)
+        >>> z, indices, losses = gumbel(torch.randn(2, 64, 32))
+        >>> gumbel.temperature = 0.9  # as it cools down
+        >>> loss = losses.total(regularizer=5e-4)
     """
 
     def __init__(

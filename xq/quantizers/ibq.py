@@ -40,6 +40,11 @@ class IBQ(Quantizer):
 
     Raises:
         ValueError: If a size is below 1, or the temperature not above 0.
+
+    Examples:
+        >>> ibq, x = IBQ(32, 1024), torch.randn(2, 64, 32)
+        >>> z, indices, losses = ibq(x)
+        >>> loss = losses.total(commitment=1.0, codebook=0.25, regularizer=0.05) + F.mse_loss(z, x)
     """
 
     def __init__(

@@ -45,6 +45,12 @@ def initialize(
         TypeError: If `quantizer` is none.
         ValueError: If there is no codebook, one cannot be set, `x` does not fit, has a value that
             is not finite, or is empty everywhere.
+
+    Examples:
+        >>> rq, vectors = ResidualQuantizer(VQ(8, 32), depth=2), torch.randn(2048, 8)
+        >>> initialize(rq, vectors)
+        >>> rq.eval()(vectors).indices.unique().numel()
+        32
     """
     if not isinstance(quantizer, Quantizer | Wrapper):
         raise TypeError(

@@ -11,6 +11,12 @@ class ChannelFirst(Wrapper):
 
     Args:
         quantizer: A channel-last quantizer, or another wrapper.
+
+    Examples:
+        >>> quantizer = ChannelFirst(VQ(8, 64))
+        >>> z, indices, _ = quantizer(torch.randn(2, 8, 16, 16))
+        >>> z.shape, indices.shape
+        (torch.Size([2, 8, 16, 16]), torch.Size([2, 16, 16]))
     """
 
     def enter(self, x: Float[Tensor, "b dim *grid"]) -> Float[Tensor, "b *grid dim"]:

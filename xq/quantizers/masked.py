@@ -34,6 +34,12 @@ class Masked(Wrapper):
     Raises:
         ValueError: If the quantizer has scales, which take whole grids, or is a wrapper that has to
             see samples.
+
+    Examples:
+        >>> quantizer, mask = Masked(VQ(8, 64)), torch.tensor([[True, True, False]])
+        >>> z, indices, losses = quantizer(torch.randn(1, 3, 8), mask=mask)
+        >>> indices[0, 2].item(), z[0, 2].any().item()
+        (-1, False)
     """
 
     def __init__(self, quantizer: "Quantizer | Wrapper") -> None:

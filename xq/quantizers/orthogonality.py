@@ -17,6 +17,10 @@ def orthogonality(codes: Shaped[Tensor, "..."]) -> Float[Tensor, ""]:
 
     Raises:
         ValueError: If `codes` is no such matrix.
+
+    Examples:
+        >>> vq = VQ(8, 64)
+        >>> loss = 10.0 * orthogonality(vq.codebook.codes())
     """
     if codes.ndim != 2 or len(codes) == 0 or not codes.is_floating_point():
         raise ValueError(

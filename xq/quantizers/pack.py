@@ -35,6 +35,14 @@ def pack(indices: ArrayT, bits: int) -> ArrayT:
 
     Raises:
         ValueError: If `bits` is out of range, or `indices` are no integers or out of range.
+
+    Examples:
+        >>> tokens = torch.randint(4096, (10, 572))
+        >>> packed = pack(tokens, bits=12)
+        >>> packed.shape, packed.dtype
+        (torch.Size([10, 858]), torch.uint8)
+        >>> torch.equal(unpack(packed, bits=12, count=572), tokens)
+        True
     """
     _check_bits("pack", bits)
     if isinstance(indices, Tensor):

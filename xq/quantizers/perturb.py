@@ -19,6 +19,9 @@ def robust_schedule(progress: float) -> float:
 
     Full in the first fifth, half from three fifths on, in between linear: its epochs 40 and 120
     of 200.
+
+    Args:
+        progress: Of the training, 0 to 1.
     """
     return 1 - min(max((progress - 0.2) / 0.4, 0.0), 1.0) / 2
 
@@ -49,6 +52,11 @@ class Perturbed(Wrapper):
 
     Raises:
         ValueError: If an argument lies outside its range, or the quantizer offers no near codes.
+
+    Examples:
+        >>> quantizer = Perturbed(VQ(8, 1024), delta=100, alpha=0.5, beta=0.1)
+        >>> quantizer.progress = 0.25  # of the training
+        >>> z, indices, losses = quantizer(torch.randn(16, 8, 8, 8))
     """
 
     quantizer: Quantizer  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -30,6 +30,13 @@ class ProductQuantizer(Quantizer):
     Raises:
         ValueError: If the arguments contradict each other or the branches differ.
         TypeError: If something else than quantizers is given.
+
+    Examples:
+        >>> pq = ProductQuantizer(VQ(4, 256), P=2)
+        >>> z, indices, _ = pq(torch.randn(2, 16, 16, 8))
+        >>> indices.shape, pq.bits
+        (torch.Size([2, 16, 16, 2]), 16.0)
+        >>> first, second = pq.split(z)
     """
 
     def __init__(

@@ -19,6 +19,11 @@ class Projected(Wrapper):
 
     Raises:
         ValueError: If `dim` is below 1, or a `Masked` stands within.
+
+    Examples:
+        >>> quantizer = Projected(VQ(8, 1024, normalize=True), 256)
+        >>> quantizer(torch.randn(2, 64, 256)).z.shape
+        torch.Size([2, 64, 256])
     """
 
     def __init__(self, quantizer: "Quantizer | Wrapper", dim: int) -> None:

@@ -31,6 +31,11 @@ class RandomProjectionQuantizer(Float32, Pretrained):
 
     Raises:
         ValueError: If a size is below 1, or a single channel is to be normalized.
+
+    Examples:
+        >>> labels = RandomProjectionQuantizer(80, 8192, num_codebooks=4)
+        >>> labels.encode(torch.randn(2, 100, 80)).shape
+        torch.Size([2, 100, 4])
     """
 
     projection: Tensor

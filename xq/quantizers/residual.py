@@ -24,7 +24,7 @@ _REFINEMENTS = 4
 
 
 class ResidualQuantizer(Quantizer):
-    """A sum of codes, coarse to fine: RQ (Lee et al. 2022), or multi-scale RQ (VAR, XQ-GAN).
+    """A sum of codes, coarse to fine: RQ (Lee et al. 2022, section 3.1), or multi-scale (VAR).
 
     The fit compares the input with the running sum after each step. Losses are means over steps.
 
@@ -44,6 +44,17 @@ class ResidualQuantizer(Quantizer):
     Raises:
         ValueError: If the arguments contradict each other or the steps differ.
         TypeError: If something else than quantizers is given.
+
+    Examples:
+        >>> rq = ResidualQuantizer(VQ(8, 256), depth=4)
+        >>> indices = rq(torch.randn(2, 16, 16, 8)).indices
+        >>> indices.shape
+        torch.Size([2, 16, 16, 4])
+        >>> rq.decode(indices[..., :2]).shape  # fewer steps decode too
+        torch.Size([2, 16, 16, 8])
+        >>> pyramid = ResidualQuantizer(VQ(8, 256), multiscale=(1, 2, 4))
+        >>> pyramid(torch.randn(2, 4, 4, 8)).indices.shape  # 1 + 4 + 16 tokens
+        torch.Size([2, 21])
     """
 
     def __init__(

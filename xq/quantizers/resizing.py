@@ -32,6 +32,13 @@ def keep_codes(
     Raises:
         ValueError: If none would be left, one is named twice or out of range, or the codebook
             has no rows of its own.
+
+    Examples:
+        >>> vq, vectors = VQ(8, 64), torch.randn(20, 8)
+        >>> used = vq.encode(vectors).unique()
+        >>> smaller, table = keep_codes(vq, used)
+        >>> torch.equal(table[vq.encode(vectors)], smaller.encode(vectors))
+        True
     """
     vq = _checked(vq, "keep_codes")
     book: Any = vq.codebook
@@ -61,6 +68,11 @@ def add_codes(vq: nn.Module, codebook_size: int, x: Shaped[Tensor, "..."], *, se
     Raises:
         ValueError: If there are that many codes already, `x` does not fit, or the codebook has no
             rows of its own.
+
+    Examples:
+        >>> larger = add_codes(VQ(8, 64), 96, torch.randn(500, 8))
+        >>> larger.codebook_size
+        96
     """
     vq = _checked(vq, "add_codes")
     book: Any = vq.codebook

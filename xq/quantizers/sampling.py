@@ -26,6 +26,10 @@ class CodeSampling(nn.Module):
 
     Raises:
         ValueError: If the temperature is not above 0.
+
+    Examples:
+        >>> vq = VQ(8, 512, sampling=CodeSampling(0.5))
+        >>> vq.sampling.temperature = 0.1  # as it cools down
     """
 
     def __init__(self, temperature: float, *, generator: torch.Generator | None = None) -> None:

@@ -19,6 +19,11 @@ class SimCodebook(Codebook):
 
     Raises:
         ValueError: If either is below 1.
+
+    Examples:
+        >>> vq = VQ(8, 512, codebook=SimCodebook)
+        >>> vq(torch.randn(2, 64, 8)).indices.shape
+        torch.Size([2, 64])
     """
 
     basis: Tensor

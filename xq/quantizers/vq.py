@@ -21,7 +21,7 @@ from xq.quantizers.usage_entropy import distance_entropy
 
 
 class VQ(Quantizer):
-    """Replaces each vector by the nearest row of a codebook (van den Oord et al. 2017).
+    """Replaces a vector by the nearest row of a codebook (van den Oord et al. 2017, section 3.1).
 
     Args:
         dim: Channels of the input and of the codes.
@@ -43,6 +43,14 @@ class VQ(Quantizer):
     Raises:
         ValueError: If a size is below 1, `metric` is unknown, the temperature is not above 0, or
             codes are to be drawn with the rotation trick.
+
+    Examples:
+        >>> vq = VQ(8, 512, codebook=partial(EMACodebook, decay=0.99))
+        >>> z, indices, losses = vq(torch.randn(2, 16, 16, 8))
+        >>> z.shape, indices.shape
+        (torch.Size([2, 16, 16, 8]), torch.Size([2, 16, 16]))
+        >>> torch.equal(vq.decode(indices), z)
+        True
     """
 
     def __init__(

@@ -14,7 +14,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 class Format(NamedTuple):
     """One kind of released file.
 
-    Args:
+    Attributes:
         name: What `load_checkpoint(format=...)` takes, such as "var".
         title: For messages, such as "VAR multi-scale VQVAE".
         recognise: Whether a state dict is of this kind; looks at names and shapes alone.

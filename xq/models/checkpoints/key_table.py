@@ -18,7 +18,7 @@ class Rename(NamedTuple):
     `{i}`, `{j}` and so on stand for digits, and are the same number on both sides. Both names are
     prefixes if each ends in "." or is empty (which is everything, respectively nothing).
 
-    Args:
+    Attributes:
         old: The other project's name.
         new: The name in xq.
         there: What becomes of the tensor on the way to xq, such as another shape.
@@ -32,7 +32,11 @@ class Rename(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """What is known and left out: a name, or a prefix if it ends in "."; `{i}` are digits."""
+    """What is known and left out: a name, or a prefix if it ends in "."; `{i}` are digits.
+
+    Attributes:
+        old: The other project's name, or prefix.
+    """
 
     old: str
 
@@ -40,7 +44,7 @@ class Drop(NamedTuple):
 class Split(NamedTuple):
     """One tensor for several: equal parts along the first axis, such as of a fused projection.
 
-    Args:
+    Attributes:
         old: The other project's name.
         new: The names in xq, in the order of the parts.
         there: Makes the parts, otherwise.
@@ -65,6 +69,11 @@ class KeyTable:
     Raises:
         ValueError: If a rule renames a prefix to a name, or the two sides of one have different
             digits.
+
+    Examples:
+        >>> table = KeyTable([Rename("enc.{i}.w", "encoder.{i}.weight"), Drop("loss.")])
+        >>> sorted(table.convert({"enc.0.w": torch.ones(2), "loss.a": torch.ones(1)}))
+        ['encoder.0.weight']
     """
 
     def __init__(self, rules: Iterable[Rule]) -> None:

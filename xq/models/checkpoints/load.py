@@ -89,6 +89,13 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, has not these weights, is of no known kind, or does not fit.
+
+    Examples:
+        >>> state = {"frozen_codebook": torch.ones(64, 8), "code_transform.weight": torch.eye(8)}
+        >>> torch.save(state, "simvq.pt")  # a file of vector-quantize-pytorch
+        >>> quantizer = load_checkpoint("simvq.pt")
+        >>> quantizer.dim, quantizer.codebook_size
+        (8, 64)
     """
     found, kind, state = _find(path, format, weights, prefix)
     _LOG.info("%s: %s", path, found)

@@ -1,4 +1,4 @@
-"""Published tokenizers by name, at full size, with random weights.
+"""Published tokenizers by name, at full size, with random weights; and a tiny trained one.
 
 `python -m xq.models.presets` prints what they are: parameters, tokens, bits and the published
 reconstruction FID.
@@ -15,6 +15,7 @@ from xq.models.presets.convolutional import (
     vqgan_gumbel as vqgan_gumbel,
 )
 from xq.models.presets.row import Row as Row
+from xq.models.presets.trained import tiny as tiny
 from xq.models.presets.transformers import (
     bsq_vit as bsq_vit,
     titok as titok,

@@ -13,7 +13,7 @@ from xq.models.presets.row import Row
 from xq.models.tokenizer import Tokenizer
 from xq.quantizers import Codebook
 
-_MODULES = ("xqgan", "convolutional", "transformers")
+_MODULES = ("xqgan", "convolutional", "transformers", "trained")
 _HEAD = (
     "preset",
     "parameters",

@@ -9,7 +9,7 @@ from xq.models.tokenizer import Tokenizer
 class Row(NamedTuple):
     """A published tokenizer.
 
-    Args:
+    Attributes:
         name: As the table prints it.
         make: Builds it with random weights.
         image_size: Side of the images that its numbers are for.

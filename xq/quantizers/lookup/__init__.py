@@ -50,6 +50,12 @@ def nearest(
 
     Raises:
         ValueError: If an argument does not fit, or the backend asked for cannot do it.
+
+    Examples:
+        >>> nearest(torch.tensor([[0.9, 0.1]]), torch.eye(2))
+        tensor([0])
+        >>> nearest(torch.tensor([[0.9, 0.1]]), torch.eye(2), k=2)
+        tensor([[0, 1]])
     """
     if backend is not None:
         _check_name("backend", backend)
