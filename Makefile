@@ -36,7 +36,7 @@ distortion: .venv/installed-bench ## train codebooks beside other libraries' and
 	$(BIN)/python -m benchmarks.distortion
 	$(BIN)/python -m benchmarks.report
 
-ablation: .venv/installed-bench ## the paper's comparisons on photographs, an hour on one core
+ablation: .venv/installed-bench ## the paper's comparisons on photographs, an hour or two on one core
 	$(BIN)/python -m benchmarks.ablation
 	$(BIN)/python -m benchmarks.report
 

@@ -19,7 +19,7 @@ FORWARD: dict[str, tuple[Quantizer, torch.Tensor, str]] = {
     "channels": (
         LEAF,
         torch.randn(2, 5),
-        r"VQ expects 4 channels in the last axis, got .*\(2, 5\)$",
+        r"4 channels in the last axis, got .*\(2, 5\); wrap it in Projected\(VQ\(...\), ",
     ),
     "channel-first": (
         LEAF,
@@ -135,6 +135,8 @@ def test_codebooks_that_are_made_already_or_of_another_size() -> None:
     # under the jaxtyping hook the annotation refuses the first
     with pytest.raises((ValueError, TypeError), match=r"VQ makes its own codebook|'codebook'"):
         VQ(4, 8, codebook=EMACodebook(8, 4))
+    with pytest.raises((ValueError, TypeError), match=r"got codebook='ema'|'codebook'"):
+        VQ(4, 8, codebook="ema")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="asked for a codebook of 8 x 4, its factory made 9"):
         VQ(4, 8, codebook=lambda size, dim: EMACodebook(size + 1, dim))
 

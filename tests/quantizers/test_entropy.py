@@ -39,6 +39,20 @@ def test_float32_equals_float64() -> None:
     torch.testing.assert_close(single.batch.double(), double.batch, rtol=1e-5, atol=1e-6)
 
 
+def test_gradients_near_even_use_do_not_cancel() -> None:
+    logits = 0.01 * torch.randn(16, 16)
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        x = logits.to(dtype).clone().requires_grad_()
+        sign_entropy(x).batch.backward()
+        assert x.grad is not None
+        return x.grad.double()
+
+    exact = gradient(torch.float64)
+    # with -p log p, whose gradients cancel, it is ten times as far
+    assert (gradient(torch.float32) - exact).norm() < 2e-6 * exact.norm()
+
+
 def test_groups_sum_their_own_entropies() -> None:
     logits = 2 * torch.randn(50, 6)
     grouped = sign_entropy(logits, group_size=3)

@@ -341,6 +341,12 @@ def test_levels_that_do_not_fit(levels, message) -> None:
         FSQ(levels)
 
 
+def test_one_number_is_no_list_of_levels() -> None:
+    # under the jaxtyping hook the annotation refuses it
+    with pytest.raises((ValueError, TypeError), match=r"of each channel.*got 8|'levels': 8"):
+        FSQ(8)  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("bound", AROUND_ZERO)
 def test_two_levels_around_zero_are_refused(bound) -> None:
     message = rf'FSQ with bound={bound!r} needs 3 levels or more, got levels=\(5, 2\).*bound="even"'

@@ -25,10 +25,13 @@ def check_input(q: "Quantizer", x: Tensor) -> None:
         )
     if x.ndim == 0 or x.shape[-1] != q.dim:
         channel_first = x.ndim > 2 and x.shape[1] == q.dim
-        hint = f"; wrap it in ChannelFirst({name}(...)) for channel-first input"
+        hint = "wrap it in "
+        if channel_first:
+            hint += f"ChannelFirst({name}(...)) for channel-first input"
+        else:
+            hint += f"Projected({name}(...), channels) for another number of channels"
         raise ValueError(
-            f"{name} expects {q.dim} channels in the last axis, "
-            f"got shape {tuple(x.shape)}{hint if channel_first else ''}"
+            f"{name} expects {q.dim} channels in the last axis, got shape {tuple(x.shape)}; {hint}"
         )
     if q.scales and (x.ndim != 4 or tuple(x.shape[1:3]) != q.grids[-1]):
         h, w = q.grids[-1]

@@ -97,6 +97,8 @@ class FSQ(Quantizer):
         super().__init__()
         if bound not in _CURVES:
             raise ValueError(f"FSQ knows the bounds {tuple(_CURVES)}, got bound={bound!r}")
+        if not isinstance(levels, Iterable):
+            raise ValueError(f"FSQ needs the levels of each channel, [8, 5, 5] say, got {levels!r}")
         self.levels = _checked(tuple(levels))
         if bound in _AROUND_ZERO and 2 in self.levels:
             raise ValueError(

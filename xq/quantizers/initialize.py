@@ -106,7 +106,7 @@ class _Walk:
     def collect(self, book: Codebook, u: Float[Tensor, "*batch dim"], metric: str) -> None:
         """Only looks."""
         most = max(_VECTORS * book.codebook_size, _FEWEST)
-        rows = u.detach().reshape(-1, book.dim).to(book.codes().dtype)
+        rows = u.reshape(-1, book.dim).to(book.codes().dtype)
         rows = gather_rows(rows, most, book.process_group)
         if not len(rows):
             raise ValueError("initialize got no vectors, on any process")

@@ -85,11 +85,15 @@ class VQ(Quantizer):
         # unit codes cannot follow a shrinking residual by themselves
         self.shrink = 0.5 if normalize else 1.0
 
-    def _made(self, factory: Any) -> Codebook:
+    def _made(self, factory: Callable[[int, int], Codebook]) -> Codebook:
         if isinstance(factory, Codebook):
             raise ValueError(
                 f"VQ makes its own codebook, got one: pass {type(factory).__name__}, or "
                 f"partial({type(factory).__name__}, ...) for its options"
+            )
+        if not callable(factory):
+            raise ValueError(
+                f"VQ makes its codebook by codebook=EMACodebook or such, got codebook={factory!r}"
             )
         book = factory(self.codebook_size, self.dim)
         if (book.codebook_size, book.dim) != (self.codebook_size, self.dim):
