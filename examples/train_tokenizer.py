@@ -25,6 +25,7 @@ from common.evaluation import draw, evaluate
 from common.journal import Journal
 from common.learning import clip_
 from common.pace import Pace
+from common.parallel import waiting
 from common.run import Run
 from common.stream import held_out_batches, training_batches
 from common.usage import usage_by_part
@@ -137,7 +138,7 @@ def step(run: Run, batches: Iterator[Any], pace: Pace) -> dict[str, Tensor]:
                 # gradients and codes move with the last micro-batch
                 stack.enter_context(accumulating(run.tokenizer))
                 for module in (run.parallel, run.parallel_judge):
-                    stack.enter_context(getattr(module, "no_sync", contextlib.nullcontext)())
+                    stack.enter_context(waiting(module))
             bf16 = torch.autocast(device.type, torch.bfloat16, enabled=config.run.bf16)
             with bf16:
                 made, indices, losses, aligned = run.parallel(images)
@@ -169,7 +170,7 @@ def step(run: Run, batches: Iterator[Any], pace: Pace) -> dict[str, Tensor]:
 
 def _evaluate(run: Run, journal: Journal | None) -> tuple[dict[str, Any], bool]:
     """Measures the averaged weights; writes them where they are the best so far."""
-    config, tokenizer = run.config, run.average.module
+    config, tokenizer = run.config, run.average.whole()
     batches = held_out_batches(
         run.held_out, config.eval.batch, config.eval.pictures, run.rank, run.world
     )

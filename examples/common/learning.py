@@ -68,7 +68,9 @@ def cosine_rate(
 def clip_(module: nn.Module, most: float) -> Tensor:
     """Scales gradients so that their joint norm is `most` at most (0: any); what it was."""
     gradients = [p for p in module.parameters() if p.grad is not None]
-    return nn.utils.clip_grad_norm_(gradients, most or math.inf)
+    norm: Any = nn.utils.clip_grad_norm_(gradients, most or math.inf)
+    # of weights that are shared out
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 class Average:
@@ -93,8 +95,21 @@ class Average:
     def update(self, module: nn.Module, step: int) -> None:
         """Moves towards the module's weights, after step number `step`, from 0."""
         rate = 1 - min(self.decay, (1 + step) / (10 + step))
-        now, means = module.state_dict(), self.module.state_dict()
+        now, means = _own(module.state_dict()), _own(self.means())
         floats = [key for key, value in means.items() if value.is_floating_point()]
         torch._foreach_lerp_([means[k] for k in floats], [now[k] for k in floats], rate)
         for key in means.keys() - set(floats):
             means[key].copy_(now[key])
+
+    def means(self) -> dict[str, Tensor]:
+        """By name, for checkpoints."""
+        return self.module.state_dict()
+
+    def whole(self) -> Any:
+        """A module with the averages."""
+        return self.module
+
+
+def _own(state: dict[str, Any]) -> dict[str, Tensor]:
+    """What this process has of tensors that are shared out."""
+    return {k: v.to_local() if hasattr(v, "to_local") else v for k, v in state.items()}

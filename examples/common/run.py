@@ -1,6 +1,5 @@
 """A training set up from its settings: parts, data, steps, and the state that a checkpoint has."""
 
-import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +9,21 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common.checkpoints import Checkpoints
 from common.config import Config, as_namespace
 from common.learning import Average, cosine_rate, make_optimizer, scaled
 from common.objective import Judge, Learner, Objective
+from common.parallel import (
+    SharedAverage,
+    check_sharding,
+    gathered,
+    in_parallel,
+    load_optimizer_,
+    revive_after_steps,
+    share_out_,
+)
 from common.parts import (
     coloured,
     compile_,
@@ -79,6 +86,11 @@ class Run:
         """As it learns, not averaged."""
         return self.learner.tokenizer
 
+    @property
+    def last_layer(self) -> Any:
+        """What makes the pixels, or None; of weights that are shared out, whole after a forward."""
+        return getattr(self.tokenizer.decoder, "last_layer", None)
+
     def _check(self) -> None:
         check_batch(self.config.data, self.world)
         for least, names in _LEAST.items():
@@ -91,6 +103,8 @@ class Run:
         betas = self.config.optimizer.betas
         if len(betas) != 2 or not all(isinstance(b, float) and 0 <= b < 1 for b in betas):
             raise ValueError(f"optimizer.betas are two numbers in [0, 1), got {betas}")
+        if self.config.run.fsdp:
+            check_sharding(self.device)
         if self.config.data.broken not in ("stop", "skip"):
             raise ValueError(f"data.broken is one of stop, skip; got {self.config.data.broken!r}")
 
@@ -127,19 +141,15 @@ class Run:
         self.objective = Objective(config, self.perceptual, self.judge, self.judged_from)
         self.objective.lecam.to(device)
         adaptive = self.judge is not None and config.discriminator.adaptive
-        self.last_layer = getattr(tokenizer.decoder, "last_layer", None)
         if adaptive and self.last_layer is None:
             raise ValueError(
                 f"discriminator.adaptive needs a decoder with a last_layer, which "
                 f"{type(tokenizer.decoder).__name__} has not"
             )
-        self.optimizers = self._make_optimizers()
         self.usage = CodebookUsage.of(tokenizer.quantizer).to(device)
         self._try()
         if config.model.compile:
             compile_(tokenizer, config.model.compile)
-        self.parallel = in_parallel(self.learner, device)
-        self.parallel_judge = self.judge and in_parallel(self.judge, device)
 
     @torch.no_grad()
     def _try(self) -> None:
@@ -224,12 +234,16 @@ class Run:
             if isinstance(module, Perturbed):
                 module.progress = progress
 
-    @torch.no_grad()
     def start(self) -> None:
         """Sets linear parts and codebooks by the first batches, where `model` asks for it."""
+        model = self.config.model
+        if not model.init and (model.pca or model.kmeans):
+            self._fit()
+        self._join()
+
+    @torch.no_grad()
+    def _fit(self) -> None:
         model, tokenizer = self.config.model, self.tokenizer.eval()
-        if model.init or not (model.pca or model.kmeans):
-            return
         steps = range(model.start_batches)
         batches = self.reported(training_batches(self.crops, steps, self.rank, self.world))
         images = [images.to(self.device) for images, _ in batches]
@@ -238,6 +252,19 @@ class Run:
         if model.kmeans:
             initialize(tokenizer.quantizer, torch.cat([*map(tokenizer.encoder, images)]))
         self.average = Average(tokenizer, self.config.optimizer.ema)
+
+    def _join(self) -> None:
+        """Lets processes work together on what is set by now."""
+        self.parallel: Any = self.learner
+        if self.config.run.fsdp:
+            share_out_(self.learner, self.device)
+            self.average = SharedAverage(self.average, self.tokenizer)
+        else:
+            self.parallel = in_parallel(self.learner, self.device)
+        self.parallel_judge = self.judge and in_parallel(self.judge, self.device)
+        self.optimizers = self._make_optimizers()
+        if self.config.run.fsdp:
+            revive_after_steps(self.optimizers[0], self.tokenizer)
 
     def report(self, skipped: list[str]) -> None:
         """Tells of pictures that were skipped."""
@@ -260,18 +287,19 @@ class Run:
         """What a checkpoint holds; every process must ask for it."""
         counts = self.usage.counts.clone()
         all_reduce_sum_([counts])
-        return {
+        state = {
             "step": self.step,
             "best": self.best,
             "config": self.settings,
             "tokenizer": self.tokenizer.state_dict(),
-            "average": self.average.module.state_dict(),
+            "average": self.average.means(),
             "alignments": self.learner.alignments.state_dict(),
             "judge": self.judge.state_dict() if self.judge else {},
             "lecam": self.objective.lecam.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "usage": counts,
         }
+        return gathered(state, keep=self.rank == 0)
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint.
@@ -286,8 +314,9 @@ class Run:
             if self.judge:
                 self.judge.load_state_dict(state["judge"])
             self.objective.lecam.load_state_dict(state["lecam"])
+            self._join()
             for optimizer, found in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(found)
+                load_optimizer_(optimizer, found)
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{self.checkpoints.folder} holds checkpoints of other parts; take another "
@@ -296,16 +325,3 @@ class Run:
         if self.rank == 0:
             self.usage.counts.copy_(state["usage"])
         self.step, self.best = state["step"], state["best"]
-
-
-def in_parallel(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module under data parallelism; itself where one process is alone."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return module
-    # running statistics are kept alike by xq, at its own time
-    known = inspect.signature(DistributedDataParallel).parameters
-    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {option: False}
-    if device.type == "cuda":
-        options["device_ids"] = [device.index]
-    return DistributedDataParallel(module, **options)
