@@ -104,7 +104,7 @@ def _case(
 ) -> Case:
     """Both ways to sample; `lengths` is what recomputation gives to the model, step by step."""
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    said = f"{size:.1f} M parameters, {model.num_tokens} tokens"
+    said = f"{size:.1f} M weights"
 
     def check(results: dict[str, Tensor]) -> dict[str, str]:
         mine, other = results[XQ], results.get(RECOMPUTED)
@@ -115,7 +115,7 @@ def _case(
         differ = (mine != other).double().mean().item()
         if differ:
             raise Red(f"{XQ}: {differ:.2%} of the tokens differ from those of recomputation")
-        return {XQ: said, RECOMPUTED: f"same tokens, {sum(lengths)} positions"}
+        return {XQ: said, RECOMPUTED: f"{sum(lengths)} positions"}
 
     def run(sample: Callable[..., Tensor], *, keyword: bool) -> Tensor:
         generator = torch.Generator(device).manual_seed(0)
@@ -165,18 +165,18 @@ def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for case in document["cases"]:
         by_name = {c["name"]: c for c in case["contenders"]}
         mine, other, batch = by_name[XQ], by_name[RECOMPUTED], case["sizes"]["batch"]
-        size, tokens = (word.rpartition(" ")[0] for word in mine["checked"].split(", "))
-        positions = int(other["checked"].split()[-2])
+        model, _, tokens = case["name"].removesuffix(" tokens").partition(", ")
+        size, positions = (c["checked"].rpartition(" ")[0] for c in (mine, other))
         speeds = [f"{batch / c['median']:.3g}" for c in (mine, other)]
         rows.append(
             [
-                case["name"].partition(",")[0],
+                model,
                 size,
                 tokens,
                 str(batch),
                 *speeds,
                 ratio(other["median"] / mine["median"]),
-                ratio(positions / int(tokens)),
+                ratio(int(positions) / int(tokens)),
                 memory(mine["peak_bytes"]),
             ]
         )
