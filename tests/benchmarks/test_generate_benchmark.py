@@ -33,7 +33,7 @@ def test_all_tokens_matter(make):
     assert torch.equal(tokens, other)
     positions = 45 if make == "ar_case" else 6
     said = case.check({XQ: tokens, generate.RECOMPUTED: other})
-    assert tokens.shape[1] == (9 if make == "ar_case" else 5)
+    assert tokens[0].numel() == (9 if make == "ar_case" else 5)
     assert said[XQ].endswith(" M weights")
     assert said[generate.RECOMPUTED] == f"{positions} positions"
     with pytest.raises(generate.Red, match="of the tokens differ from those of recomputation"):
