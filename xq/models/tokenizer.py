@@ -150,8 +150,12 @@ class Tokenizer(Pretrained):
 
 def _like_weights(module: nn.Module, x: Tensor) -> Tensor:
     """`x` in the dtype of the module's weights, which may be narrower; integers as they are."""
-    weight = next((p for p in module.parameters() if p.is_floating_point()), x)
-    return x.to(weight.dtype) if x.is_floating_point() else x
+    if x.is_floating_point():
+        # torch 2.6 cannot trace next() with a default
+        for weight in module.parameters():
+            if weight.is_floating_point():
+                return x.to(weight.dtype)
+    return x
 
 
 def _in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, chunk: int | None) -> Tensor:
